@@ -26,12 +26,14 @@ _HOMES = {
     "explain": "frontend",
     "inductor_options": "frontend",
 }
-"""Where each public name lives. They are imported when they are asked for, so that importing fuseplan costs nothing
-and an unsuitable torch is reported by whoever asks first."""
+"""The module of each public name. They are imported at first access, so that importing fuseplan costs nothing and the
+first access reports an unsuitable torch.
+"""
 
 _ON_PRIVATE_APIS = frozenset({"compilation.manager", "frontend", "matching"})
-"""Homes that can't be imported from a torch whose private interfaces have moved; `compatibility.fallback` takes
-their place."""
+"""Modules that can't be imported with a torch whose private interfaces have moved; `compatibility.fallback` replaces
+them.
+"""
 
 __all__ = [
     "CompileRange",

@@ -1,4 +1,4 @@
-"""What users hand over to the entry points, refused by one line where it is of another type."""
+"""Checks of arguments to the entry points: one of another type is refused in one line."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -9,11 +9,11 @@ T = TypeVar("T")
 
 
 def called(name: str, given: T, *, optional: bool = False) -> T:
-    """What is to be called.
+    """Checks a model or callback.
 
     Args:
         name: of the argument.
-        given: it.
+        given: its value.
         optional: whether it may be None.
 
     Raises:
@@ -25,14 +25,14 @@ def called(name: str, given: T, *, optional: bool = False) -> T:
 
 
 def mapping(name: str, given: Any) -> dict[str, Any]:
-    """What has names; empty where it is None.
+    """Checks a dictionary; empty where it is None.
 
     Args:
         name: of the argument.
-        given: it.
+        given: its value.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: it is no dictionary.
     """
     if not isinstance(given, Mapping | None):
         raise ConfigError(f"{name}={given!r}: allowed are None and dictionaries")
@@ -40,11 +40,11 @@ def mapping(name: str, given: Any) -> dict[str, Any]:
 
 
 def instances(name: str, given: Any, kind: type[T]) -> tuple[T, ...]:
-    """What stands beside the built-in.
+    """Checks additions to the built-in objects.
 
     Args:
         name: of the argument.
-        given: it; one alone needs no sequence.
+        given: its value; a single instance needs no sequence.
         kind: of each.
 
     Raises:

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def unknown(kind: str, given: str, allowed: Iterable[str]) -> ConfigError:
-    """The error for a name that isn't known: what was given, the nearest spelling, what is allowed."""
+    """The error for an unknown name: the given one, the nearest spelling, and the allowed ones."""
     names = sorted(allowed)
     near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
@@ -86,7 +86,7 @@ class Policy:
     """How fusions are chosen where several match.
 
     `planned`: the set that saves the most by the prices of the device, whatever the order of registration.
-    `ordered(a, b)`: one pass a rule, applied in this order, each taking what it can; rules not listed are off.
+    `ordered(a, b)`: one pass a rule, applied in this order, each taking all it can; rules not listed are off.
     `off`: reports what would match and rewrites nothing.
     """
 
@@ -161,36 +161,36 @@ class PassConfig:
         fuse_cached_attention: with `fuse_rope_cache` and `fuse_grouped_attention` both of these in one op, rule
             `cached_attention`; with `enable_qk_norm_rope_fusion` also behind RMSNorm of queries and keys, rule
             `qk_norm_cached_attention`; with `fuse_eager_attention` attention that is spelled out, rule
-            `cached_eager_attention`. None: as `fuse_merged_linear`, attention that is spelled out apart, which is off.
+            `cached_eager_attention`. None: as for `fuse_merged_linear`, except spelled-out attention, which is off.
         fuse_merged_linear: linear layers of few rows that read one input, rule `merged_linear`, and gate and up +
             SiLU-and-mul, rule `merged_linear_silu_mul`; None: on for up to 32 tokens on an H100, H200 or GH200, but not
             in vLLM.
-        fuse_skinny_linear: single linear layers of few rows, rule `skinny_linear`; None: likewise.
+        fuse_skinny_linear: single linear layers of few rows, rule `skinny_linear`; None: as for `fuse_merged_linear`.
         fuse_scaled_linear: linear layers of few rows in fp8 with scales of rows, several that read one input, rule
-            `merged_scaled_linear`, and single ones, rule `skinny_scaled_linear`; None: likewise.
-        fuse_add_rms_norm: residual add + RMSNorm, rule `add_rms_norm`; None: likewise.
+            `merged_scaled_linear`, and single ones, rule `skinny_scaled_linear`; None: as for `fuse_merged_linear`.
+        fuse_add_rms_norm: residual add + RMSNorm, rule `add_rms_norm`; None: as for `fuse_merged_linear`.
         eliminate_noops: see through views and casts that do nothing.
         policy: a `Policy` or its text.
         compile_ranges: one graph and one plan for each; empty: one graph and plan for every number of tokens.
-        max_fusions: apply only the first n fusions of each plan, in graph order: bisect a wrong result by it. Fusions
-            that require each other or go together count as one: all of them are applied, or none.
-        force: what a plan has to apply: `RULE`, `RULE@PLACE` with a pattern of module paths such as
+        max_fusions: apply only the first n fusions of each plan, in graph order, to bisect a wrong result. Fusions that
+            require each other or go together count as one: all of them are applied, or none.
+        force: fusions that a plan has to apply: `RULE`, `RULE@PLACE` with a pattern of module paths such as
             `act_padding@model.layers.3.*`, or `RULE#SITE`, each also with `:PROVIDER`. Of several providers the plan
             chooses one.
-        forbid: what it must not apply, in the same form.
+        forbid: fusions that it must not apply, in the same form.
         costs: `auto`: from the cost table where it has all that a component needs, else from the model; `measured`:
             from the table alone; `modelled`: from the model alone.
-        cost_table: a file of costs; default: `FUSEPLAN_COSTS`, or else what `fuseplan tune` has measured on this
-            machine. A broken one that is named is an error.
+        cost_table: a file of costs; default: `FUSEPLAN_COSTS`, or else the measurements of `fuseplan tune` on this
+            machine. A named file that is broken is an error.
         plan: a file of saved plans to replay instead of planning; one that doesn't fit is an error.
         node_budget: branch-and-bound nodes a component, after which the best plan found is reported with its bound.
-        allow_rounding_changes: let kernels that round elsewhere than the graph take its place; the report says where.
+        allow_rounding_changes: allow kernels that round elsewhere than the graph; the report says where.
         verify: `first-use`: before a fused op is applied it is run against the unfused ops on random arguments, once
-            for its kernel, signature, versions and hardware; what fails is not applied. `always`: in every compilation.
-            `off`: never.
+            for its kernel, signature, versions and hardware; a failed one is not applied. `always`: in every
+            compilation. `off`: never.
         agreement_timeout_s: seconds that a rank waits, before the first run of a graph with collectives, for the plans
             of the other ranks; None: the timeout of their process group. After it all of them run the graph unfused.
-            While ranks verify a kernel together, `verify_timeout_s` more.
+            Ranks that verify a kernel together wait `verify_timeout_s` longer.
         verify_timeout_s: seconds that one such run may take, the compilation of the kernel included.
 
     Raises:
@@ -279,7 +279,7 @@ class PassConfig:
 
     @property
     def policy_is_given(self) -> bool:
-        """Whether the policy is another than the default, which flags may thin out without contradicting it."""
+        """Whether the policy isn't the default; flags may switch rules of the default off without contradicting it."""
         return self.policy != DEFAULT_POLICY
 
 
@@ -302,12 +302,12 @@ class Environment:
     """Environment variables, read once per compiled model.
 
     Attributes:
-        enabled: False where `FUSEPLAN=0`: every graph goes on as it is.
+        enabled: False where `FUSEPLAN=0`: every graph is left unchanged.
         debug_dir: `FUSEPLAN_DEBUG_DIR`: where graphs before and after, patterns and match tables are written.
         cost_table: `FUSEPLAN_COSTS`: a cost table, where the configuration names none.
         vllm: `FUSEPLAN_VLLM=1`: become vLLM's post-grad pass.
         report_dir: `FUSEPLAN_REPORT_DIR`: where reports of engines are written.
-        tune: `FUSEPLAN_TUNE`: where vLLM's workers write what they measure of their graphs before they serve.
+        tune: `FUSEPLAN_TUNE`: where vLLM's workers write measurements of their graphs before they serve.
         multicast: False where `NCCL_NVLS_ENABLE=0`: NCCL doesn't let NVLink's switches add.
     """
 
@@ -321,7 +321,7 @@ class Environment:
 
     @classmethod
     def read(cls) -> Self:
-        """The variables as they stand now.
+        """The variables' current values.
 
         Raises:
             ConfigError: `FUSEPLAN` or `FUSEPLAN_VLLM` is neither 0 nor 1.
@@ -339,7 +339,7 @@ class Environment:
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """What `torchrun` sets for the processes that it starts.
+    """The variables that `torchrun` sets for its processes.
 
     Attributes:
         rank: of this process among all.
@@ -355,7 +355,7 @@ class Launch:
 
     @classmethod
     def read(cls) -> Self:
-        """`RANK`, `LOCAL_RANK`, `WORLD_SIZE` and `LOCAL_WORLD_SIZE` as they stand now.
+        """The current `RANK`, `LOCAL_RANK`, `WORLD_SIZE` and `LOCAL_WORLD_SIZE`.
 
         Raises:
             ConfigError: one of them isn't a number.

@@ -1,4 +1,4 @@
-"""What CPython does beside the work: garbage collection, and memory for the frames of calls."""
+"""Overhead of CPython: garbage collection, and memory for the frames of calls."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -8,13 +8,13 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 ROOM = 2**17
-"""Slots of 8 bytes, most of which a call stack may have, 1 MiB: Dynamo's, several hundred calls deep, has a tenth."""
+"""Slots of 8 bytes for a call stack, 1 MiB: Dynamo's, several hundred calls deep, takes a tenth."""
 
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """No cyclic garbage collection: tracing and planning keep what they make, and looking for what they don't, among
-    all nodes of a large graph again and again, would make their time grow faster than the graph.
+    """Disables cyclic garbage collection: tracing and planning keep nearly all their objects, and searching all nodes
+    of a large graph again and again would make their time grow faster than the graph.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -29,9 +29,9 @@ def with_room(function: Callable[[], Result]) -> Result:
     """`function()`, whose calls find their frames' memory mapped.
 
     CPython keeps frames in chunks of 16 KiB. A loop at the end of one maps a chunk with each call and unmaps it with
-    each return (python/cpython#142183, fixed in 2026, not in 3.11 and 3.12): a third of the time that 80 layers took
-    to trace. The frame of this function claims so many slots that its chunk has room for all calls below it. Memory
-    that isn't used is never touched.
+    each return (python/cpython#142183, fixed in 2026, not in 3.11 and 3.12): a third of the time that 80 layers took to
+    trace. The frame of this function claims so many slots that its chunk has room for all calls below it. Unused memory
+    is never touched.
     """
     return function()
 

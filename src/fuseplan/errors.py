@@ -1,5 +1,5 @@
-"""The error tree, and the one warning. Whatever a user can cause is a `FuseplanError` whose text is one clear line:
-what was given, what is allowed, and what to do.
+"""The error tree, and the one warning. Every error that a user can cause is a `FuseplanError` whose text is one clear
+line: what was given, what is allowed, and what to do.
 """
 
 
@@ -8,7 +8,7 @@ class FuseplanError(Exception):
 
 
 class FuseplanWarning(UserWarning):
-    """Something that is on and can have no effect, or was left undone. Each is shown once for a compiled model."""
+    """A setting without effect, or work left undone. Each is shown once for a compiled model."""
 
 
 class ConfigError(FuseplanError, ValueError):
@@ -48,7 +48,7 @@ class VerificationError(FuseplanError, AssertionError):
 
 
 class LockError(FuseplanError, ValueError):
-    """A fusion lock that isn't there, is broken, or is of another question than the one that was asked."""
+    """A fusion lock that isn't there, is broken, or has other settings than requested."""
 
 
 class RanksError(FuseplanError, RuntimeError):

@@ -50,8 +50,8 @@ def inductor_options(
     providers: Sequence[Provider] = (),
 ) -> dict[str, Any]:
     """Options for `torch.compile(model, options=...)`, or `inductor_configs=` of AOTInductor's
-    `aoti_compile_and_package`, that put fuseplan into Inductor's custom-pass hook. A `FuseplanWarning` says what has no
-    effect, and which packages need fuseplan where they are loaded.
+    `aoti_compile_and_package`, that put fuseplan into Inductor's custom-pass hook. A `FuseplanWarning` names settings
+    without effect, and packages that need fuseplan where they are loaded.
 
     One plan serves every number of tokens that the graph may see; `fuseplan.compile` makes one for each compile range.
     It also lets ranks settle before a graph's first run; here a kernel that they would have to verify together is
@@ -59,13 +59,13 @@ def inductor_options(
 
     Args:
         config: flags and policy; None: the defaults.
-        on_report: called with a `Report` for every graph that is compiled cold. A warm compile cache skips the pass
-            and this call with it; `fuseplan.compile` delivers reports then too.
+        on_report: called with a `Report` for every graph that is compiled cold. A warm compile cache skips the pass and
+            this call; `fuseplan.compile` delivers reports then, too.
         options: further Inductor options. A custom pass among them, or in Inductor's global configuration, runs before
             fuseplan's and is not dropped.
         passes: other people's passes, as for `compile`.
-        rules: fusions beside the built-in ones, likewise.
-        providers: likewise.
+        rules: fusions beside the built-in ones, as for `compile`.
+        providers: as for `compile`.
 
     Returns:
         `options` with fuseplan's pass manager in its hook.
@@ -126,7 +126,7 @@ def compile(
 ) -> T:
     """`torch.compile(model)` with planned fusions.
 
-    The first compilation logs one line, what was fused and what that saves, or why nothing was:
+    The first compilation logs one line, the fusions and their saving, or why there are none:
     `logging.getLogger("fuseplan.compiled").setLevel(logging.WARNING)` switches it off.
 
     Args:
@@ -138,16 +138,16 @@ def compile(
         on_report: called with a `Report` for every graph that is compiled, from a warm compile cache too; and once more
             before its first run, where ranks verified it together or settled on running it unfused.
         passes: other people's passes: `PatternMatcherPass` objects, unmodified, join the plan under `planned`, each
-            match worth one kernel launch, or what an `ExternalPass` around the pass says. Functions of a graph, and
-            passes whose patterns hold what another one puts in, run before or after the plan, where they stand among
-            these.
+            match worth one kernel launch, or the saving that an `ExternalPass` around the pass declares. Functions of a
+            graph, and passes whose patterns contain ops that another one puts in, run before or after the plan, in
+            their order.
         rules: fusions beside the built-in ones.
         providers: further ones; `providers.provider_of` makes one of kernels.
         **torch_compile_arguments: go to `torch.compile` (`dynamic`, `fullgraph`, `mode`, `options` ...).
 
     Returns:
-        What `torch.compile` returns. With compile ranges each call chooses among several graphs; a module is still
-        torch's own `OptimizedModule`, whose copies share what was compiled and compute with their own weights.
+        The result of `torch.compile`. With compile ranges each call chooses among several graphs; a module is still
+        torch's own `OptimizedModule`, whose copies share compiled code and compute with their own weights.
 
     Raises:
         ConfigError: `model` can't be called, flags and policy contradict each other, `backend` isn't Inductor, `mode`
@@ -178,15 +178,15 @@ def compile(
 
 
 class _Teller(store.Warner):
-    """Says in a line what the first compilation came to, too; of several ranks the first does."""
+    """Also logs the result of the first compilation in a line, on the first rank."""
 
-    has_told = False
+    has_logged = False
 
     def __call__(self, report: Report) -> None:
         super().__call__(report)
-        if not self.has_told and not (dist.is_initialized() and dist.get_rank()):
+        if not self.has_logged and not (dist.is_initialized() and dist.get_rank()):
             tell(report, hint=self.on_report is None)
-        self.has_told = True
+        self.has_logged = True
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class _Branch:
         backend = self.arguments.get("backend")
         if isinstance(backend, _Backend):
             return backend.region.compile(function, self.arguments)
-        # torch takes out of the options what isn't Inductor's.
+        # torch removes options that aren't Inductor's.
         options = dict(self.arguments["options"])
         return region_of("plain", values_of(options)).compile(function, {**self.arguments, "options": options})
 
@@ -263,9 +263,9 @@ class _Backend(torch._TorchCompileInductorWrapper):
         if known is not None:
             publish(known)
         elif not self.fresh and key is not None and (_has_peers() or not torch.is_grad_enabled()):
-            # Another function became the same graph, and Inductor's cache had that. Only a cold compilation can say
-            # what is applied, which the other ranks will ask too. It can't where the graph has no op, which Inductor
-            # doesn't compile and which isn't asked for; and with gradients the pass may have nothing to say.
+            # Another function became the same graph, and Inductor's cache had that. Only a cold compilation shows the
+            # applied fusions, which the other ranks will ask for. It doesn't where the graph has no op, as Inductor
+            # doesn't compile it and no rank asks; and with gradients the pass may report nothing.
             compiled = self._compile(model_, inputs_, extra, cold=True)
         constants = self.floats.settle()
         if known is None and not self.fresh:
@@ -286,7 +286,7 @@ class _Backend(torch._TorchCompileInductorWrapper):
         )
 
     def _compile(self, gm: fx.GraphModule, inputs: Sequence[Any], extra: Mapping[str, Any], *, cold: bool) -> Any:
-        """Inductor's compiled graph; `fresh` has what the pass reported, if it ran."""
+        """Inductor's compiled graph; `fresh` has the pass's reports, if it ran."""
         self.fresh.clear()
         try:
             with emptied(), no_caches() if cold else contextlib.nullcontext():
@@ -301,8 +301,8 @@ class _Backend(torch._TorchCompileInductorWrapper):
     def _later(
         self, gm: fx.GraphModule, inputs: Sequence[Any], extra: Mapping[str, Any], constants: frozenset[str]
     ) -> Callable[[Callable[..., Any]], Any]:
-        """Has a backend compile the graph, later, as it would be compiled now: the context of this moment has what
-        Dynamo knows of its sizes.
+        """Lets a backend compile the graph later as it would be compiled now: the current context has Dynamo's facts
+        about its sizes.
         """
         context = TracingContext.try_get()
 
@@ -313,7 +313,7 @@ class _Backend(torch._TorchCompileInductorWrapper):
         return compile_by
 
     def _apart(self, why: str) -> "_Backend":
-        """The same with the fusions that need no memory that ranks share; all ranks settle on that plan again."""
+        """A backend without fusions that need memory shared between ranks; all ranks settle on that plan again."""
         config, compile_range, deliver, options, dynamic, (passes, rules, providers, _) = self._given
         apart = _Further(passes, rules, providers, why)
         backend = _Backend(config, compile_range, deliver, options, dynamic, apart)
@@ -350,16 +350,16 @@ def explain(
 ) -> Report:
     """What `compile(model, config=config)` would fuse in `model(*inputs, **model_arguments)`, and what not and why.
 
-    The model is traced as `torch.compile` would, and run once; no code is generated. Fake tensors will do for its
-    weights and inputs, and so neither a GPU nor weights are needed. Dynamo's caches are dropped: what was compiled
-    before is compiled again at its next call, and no other thread may compile or run compiled code meanwhile.
+    The model is traced as `torch.compile` would, and run once; no code is generated. Its weights and inputs may be fake
+    tensors, so it needs neither a GPU nor weights. Dynamo's caches are dropped: compiled functions are compiled again
+    at their next call, and no other thread may compile or run compiled code meanwhile.
 
     Args:
         model: a module or function.
         *inputs: its positional arguments.
         config: flags, policy and compile ranges; with ranges, tracing treats sizes as dynamic.
-        device: a profile, or its name, whose providers are taken as present and whose costs are modelled; None: this
-            machine's GPU, or an H200 where there is none, where "cpu" is this machine.
+        device: a profile, or its name, whose providers are assumed present and whose costs are modelled; None: this
+            machine's GPU, or an H200 where there is none; "cpu" is then this machine.
         passes: other people's passes, which are refused here: compile with them, and read the report.
         rules: fusions beside the built-in ones.
         providers: beside the built-in ones.

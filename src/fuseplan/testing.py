@@ -1,4 +1,5 @@
-"""For people who write fusions: `check_rule(rule, providers=[...])` says in one call whether it and its kernels hold.
+"""For authors of fusions: `check_rule(rule, providers=[...])` says in one call whether a rule and its kernels are
+correct.
 
 It runs where pytest runs; with Triton's interpreter (`TRITON_INTERPRET=1`) also where there is no GPU.
 """
@@ -54,7 +55,7 @@ class Checked:
     failures: list[str] = field(default_factory=list)
 
     def fail(self, provider: str, kind: str, what: str, why: str, advice: str | None = None) -> None:
-        """Notes a failure, with what to do about it: by its kind, where nothing else says so."""
+        """Records a failure, with advice: by its kind, unless given."""
         self.failures.append(f"[{provider}] {kind}, {what}: {why}. What to do: {ADVICE[advice or kind]}")
 
 
@@ -66,7 +67,7 @@ def check_rule(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Checked:
-    """Raises unless the two sides of a rule agree by every provider that is here and has its fused op.
+    """Raises unless the two sides of a rule agree for every available provider that has its fused op.
 
     The rule has to match its own pattern once. Then, for every sample, number of rows, dtype and layout that neither
     the rule's `check` nor the provider's `accepts` refuses: the results are those of the unfused ops (against float64,
@@ -75,18 +76,18 @@ def check_rule(
 
     Args:
         rule: the fusion.
-        providers: who runs it; those that aren't here, or don't have its op, are left out.
+        providers: run it; unavailable ones, or ones without its op, are left out.
         samples: arguments by variable: tensors, whose values don't matter, and plain values; None: the samples of the
             fused op, whose arguments must then be the rule's variables.
         device: where to run.
         seed: of the random values.
 
     Returns:
-        What was run and what was refused.
+        The cases that were run and refused.
 
     Raises:
         RuleError: pattern and replacement don't fit each other.
-        VerificationError: something doesn't hold, a line for each failure says what to do; or nothing could be run.
+        VerificationError: a check fails, and a line for each failure says what to do; or nothing could be run.
     """
     rule.validate()
     here = [each for each in providers if each.unavailable() is None and rule.op.name in each.offers()]
@@ -144,7 +145,7 @@ def _dense(spec: TensorSpec) -> TensorSpec:
 def _variations(cases: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(kind, a name for a person, arguments): the samples, then the first of them with other rows, dtypes, layouts."""
     for case in cases:
-        yield "agreement", _told(case), case
+        yield "agreement", _described(case), case
     first = cases[0]
     for rows in ROWS:
         yield "rows", f"{rows} rows", _with_rows(first, rows)
@@ -163,7 +164,7 @@ def _each(arguments: Mapping[str, Any], change: Callable[..., TensorSpec]) -> di
 
 
 def _with_rows(arguments: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """The same with so many rows of every tensor but weights, as which their names tell them."""
+    """Arguments with so many rows of every tensor but weights, which are recognised by name."""
 
     def change(spec: TensorSpec) -> TensorSpec:
         return _dense(replace(spec, shape=(rows, *(1 for _ in spec.shape[1:-1]), spec.shape[-1])))
@@ -192,7 +193,7 @@ _LAYOUTS: dict[str, Callable[[TensorSpec], TensorSpec]] = {
 }
 
 
-def _told(arguments: Mapping[str, Any]) -> str:
+def _described(arguments: Mapping[str, Any]) -> str:
     parts = [
         f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if isinstance(value, TensorSpec) else f"{value}"
         for value in arguments.values()
@@ -201,7 +202,7 @@ def _told(arguments: Mapping[str, Any]) -> str:
 
 
 def _refused(rule: Rule, provider: Provider, arguments: Mapping[str, Any]) -> Refusal | None:
-    """Why the rule or the provider doesn't take the arguments, as they see them: fake tensors."""
+    """Why the rule or the provider doesn't take the arguments, given as fake tensors."""
     with FakeTensorMode():
         fakes = {name: _empty(value) if isinstance(value, TensorSpec) else value for name, value in arguments.items()}
     offer = provider.offers()[rule.op.name]
@@ -219,7 +220,7 @@ def _empty(spec: TensorSpec) -> Tensor:
 
 
 def _check_match(rule: Rule, provider: Provider, arguments: Mapping[str, Any], checked: Checked) -> None:
-    """The rule finds its own pattern in a graph that is nothing else."""
+    """The rule matches its own pattern as a whole graph."""
     graph = fx.Graph()
     with FakeTensorMode():
         fakes = {name: _empty(value) if isinstance(value, TensorSpec) else value for name, value in arguments.items()}
@@ -238,7 +239,7 @@ def _check_match(rule: Rule, provider: Provider, arguments: Mapping[str, Any], c
     found = find_matches(CanonicalGraph.copy_of(graph), {rule.name: (rule,)}, [provider])
     if len(found.candidates) != 1 and not found.misses:
         checked.fail(
-            provider.name, "match", _told(arguments), f"it matches its own pattern {len(found.candidates)} times"
+            provider.name, "match", _described(arguments), f"it matches its own pattern {len(found.candidates)} times"
         )
 
 

@@ -146,7 +146,7 @@ def test_a_flag_that_no_rule_answers_to_is_a_warning() -> None:
     rules = [rule for rule in BUILT_IN_RULES if "enable_qk_norm_rope_fusion" not in rule.flags]
     _, _, report = planned(dataclasses.replace(PAD, enable_qk_norm_rope_fusion=True), rules=rules)
     (warning,) = report.warnings
-    expected = "none of the rules handed over answers to it"
+    expected = "none of the given rules answers to it"
     assert warning.detail == f"enable_qk_norm_rope_fusion=True has no effect: {expected}"
 
 

@@ -166,7 +166,7 @@ def test_rules_and_providers_of_a_user_are_named() -> None:
     (told,) = [each.detail for each in reports[0].warnings if each.reason is Reason.PACKAGE]
     assert told == (
         "the package calls fuseplan's ops (add_norm_relu): load it in Python, after `import fuseplan.providers` "
-        f"and after importing what defines rule add_norm_relu and provider {own.name}"
+        f"and after importing the definition of rule add_norm_relu and provider {own.name}"
     )
 
 

@@ -91,8 +91,8 @@ def test_a_layer_without_the_norm_of_the_others(root: str) -> None:
     assert (refusal.reason, refusal.nearness) == (Reason.DEAD, Nearness.MISSING)
     assert (refusal.rule, refusal.op) == ("act_padding", "rms_norm")
     assert refusal.detail == (
-        "3 other layers have rms_norm there and this one has none: is its result not used? What is dead is gone before "
-        "fusions are looked for"
+        "3 other layers have rms_norm there and this one has none: is its result not used? Dead code is removed "
+        "before matching"
     )
     assert (refusal.source, refusal.site) == (f"{root}1.first", f"{root}1.first")
     assert (refusal.expected, refusal.found, refusal.nodes) == ("rms_norm", "nothing", ())

@@ -43,7 +43,7 @@ def ineffective(
 def test_flags_that_no_rule_answers_to_are_reported() -> None:
     given = problem_of(providers=TORCH)
     flag = "enable_qk_norm_rope_fusion"
-    expected = [(None, f"{flag}=True has no effect: none of the rules handed over answers to it")]
+    expected = [(None, f"{flag}=True has no effect: none of the given rules answers to it")]
     found = ineffective(given, Decision(), flags=[flag], enable_qk_norm_rope_fusion=True)
     assert [each for each in found if each[0] is None] == expected
     assert ineffective(given, Decision(), flags=[flag], enable_qk_norm_rope_fusion=False) == []

@@ -69,7 +69,7 @@ def test_case_51477_a_scale_format_that_is_dropped_is_named() -> None:
     detail = refusal(report)
     assert "made_up.group_quant.default" in called
     assert detail.startswith(
-        "silu_quant is not applied: what pass silu_quant puts in failed verification at 1 tokens: "
+        "silu_quant is not applied: the replacement of pass silu_quant failed verification at 1 tokens: "
     )
     assert re.search(r" tokens: result \d \(\w+\): element .* are wrong", detail)
     assert "of these nothing passes on scale_ue8m0=True of made_up.group_quant (there it is False)" in detail
@@ -233,7 +233,8 @@ def test_what_is_chained_to_another_pass_is_verified_where_it_runs(policy: str, 
     assert any("doubled" in each for each in called) is is_right
     told = [each for each in report.refusals if each.reason is Reason.VERIFICATION and each.nearness is None]
     assert [each.rule for each in told] == ([] if is_right else ["second"])
-    assert all("second is not applied: what pass second puts in failed verification" in each.detail for each in told)
+    failure = "second is not applied: the replacement of pass second failed verification"
+    assert all(failure in each.detail for each in told)
 
 
 @pytest.mark.parametrize("policy", ["off", "ordered(norm_quant)"])

@@ -1,8 +1,8 @@
-"""What a value is, as a hash that is equal wherever it is equal: in another process, on another machine, in another
-order. Cache keys are made of it, so it has no addresses.
+"""A value's content as a hash that is equal for equal values: in another process, on another machine, in another order.
+Cache keys are made of it, so it has no addresses.
 
-What a function or object of a user's does isn't known: it may read the environment, a file, a module, a tensor. Its
-owner alone can say whether it is what it was, by a `uuid()`.
+The behaviour of a user's function or object isn't known: it may read the environment, a file, a module, a tensor. Only
+its owner can say whether it has changed, by a `uuid()`.
 """
 
 import dataclasses
@@ -26,15 +26,15 @@ _BY_TEXT = (
     float, complex, bytes, PurePath, torch.dtype, torch.device, torch.layout, torch.memory_format, torch._ops.OpOverload
 )  # fmt: skip
 _KNOWN = frozenset({"builtins", "fuseplan", "torch", *sys.stdlib_module_names} - {"__main__"})
-"""Packages whose classes are known by their names: every key has their versions."""
+"""Packages whose classes count by their names: every key has the packages' versions."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Content:
-    """A value as far as it is known.
+    """The content of a value.
 
     Attributes:
-        digest: a hash of the data in it, and of what fuseplan ships by name.
+        digest: a hash of the data in it, and of the names of fuseplan's own classes and functions.
         users: functions and objects of users in it, in the order in which they are met.
     """
 
@@ -43,12 +43,12 @@ class Content:
 
     @property
     def key(self) -> str | None:
-        """A hash of all of it; None where a part of a user's has no `uuid()`."""
+        """A hash of all of it; None where a user's part has no `uuid()`."""
         keys = [own_key(each) for each in self.users]
         return None if None in keys else _hash([self.digest, keys])
 
     def is_same(self, other: "Content") -> bool:
-        """Whether two values of this process are alike: what has no `uuid()` is like itself alone."""
+        """Whether two values of this process are equal; an object without a `uuid()` only equals itself."""
         if self.digest != other.digest or len(self.users) != len(other.users):
             return False
         return all(map(_is_alike, self.users, other.users))
@@ -61,30 +61,30 @@ Known = dict[int, tuple[Any, str]]
 def content_of(value: Any, known: Known | None = None) -> Content:
     """A value by content.
 
-    Instances of fuseplan's classes count by their fields, its functions by their names, defaults and what they close
-    over. Whatever has a `uuid()` counts by that.
+    Instances of fuseplan's classes count by their fields, its functions by their names, defaults and closures. Objects
+    with a `uuid()` count by that.
 
     Args:
-        value: what is read.
-        known: of values that were just read, and added to: what they share isn't read again.
+        value: the value to read.
+        known: values that were just read; added to, so that shared parts aren't read again.
     """
     reader = _Reader({} if known is None else known)
     return Content(_hash(reader.read(value)), tuple(reader.users))
 
 
 def own_key(thing: Any) -> str | None:
-    """A hash of what an object's `uuid()` returns; None where it has none."""
+    """A hash of the result of an object's `uuid()`; None where it has none."""
     return None if isinstance(said := _said(thing), str) else said[0].hex()
 
 
 def lacking(thing: Any) -> str | None:
-    """What is wrong with an object's `uuid()`, one clause, or None."""
+    """The problem with an object's `uuid()`, one clause, or None."""
     return said if isinstance(said := _said(thing), str) else None
 
 
 def _said(thing: Any) -> str | tuple[bytes]:
-    """The hash of what `thing.uuid()` returns, or why there is none. It may be a text, bytes, or plain data as JSON has
-    it, and what is false stands for nothing.
+    """The hash of `thing.uuid()`'s result, or why there is none. The result may be a text, bytes, or plain JSON data; a
+    false one counts as none.
     """
     try:
         if (uuid := _uuid(thing)) is None:
@@ -97,7 +97,7 @@ def _said(thing: Any) -> str | tuple[bytes]:
 
 
 def _uuid(thing: Any) -> Any:
-    """A `uuid` of its own: not one that `functools.wraps` took from what is wrapped."""
+    """A `uuid` of its own: not one that `functools.wraps` copied from the wrapped function."""
     found = getattr(thing, "uuid", None)
     wrapped = getattr(thing, "__wrapped__", None)
     return None if wrapped is not None and found is getattr(wrapped, "uuid", None) else found
@@ -118,7 +118,7 @@ class _Reader:
         self._cycles = self._uses = 0
 
     def read(self, value: Any) -> Any:
-        """A value as what `json.dumps` takes: of more than a plain one its hash, since many share their parts."""
+        """A value as input of `json.dumps`: plain ones as they are, others as a hash, since many share parts."""
         if isinstance(value, enum.Enum):
             return [_name(type(value)), value.name]
         if type(value) in _PLAIN:
@@ -134,7 +134,7 @@ class _Reader:
         self._open.append(id(value))
         digest = _hash([_name(type(value)), self._parts(value)])
         self._open.pop()
-        if self._cycles == cycles:  # what is in a cycle depends on what it is read within
+        if self._cycles == cycles:  # the hash of a value in a cycle depends on where reading began
             (self._known if self._uses == uses else self._closed)[id(value)] = value, digest
         return [digest]
 
@@ -177,7 +177,7 @@ class _Reader:
 
 
 def _fields(value: Any) -> dict[str, Any]:
-    """What an instance holds, without what it computes on demand."""
+    """The fields of an instance, without cached properties."""
     slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
     found = {name: getattr(value, name) for name in slots if hasattr(value, name)}
     found.update(getattr(value, "__dict__", {}))
@@ -202,7 +202,7 @@ def _slots(kind: type) -> Iterable[str]:
 
 
 def _in_order(mapping: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
-    """By keys, as far as these are text: what is met first then depends on content alone."""
+    """Items by key, as far as keys are text: the order of reading then only depends on content."""
     return sorted(mapping.items(), key=lambda item: item[0] if isinstance(item[0], str) else "")
 
 
@@ -211,7 +211,7 @@ def _is_known(kind: type) -> bool:
 
 
 def _defined_in(function: types.FunctionType) -> str:
-    """The package that a function is of: `functools.wraps` lends a name, and `__module__` with it."""
+    """The package that defines a function: `functools.wraps` copies names, and `__module__` with them."""
     return str(function.__globals__.get("__name__")).partition(".")[0]
 
 

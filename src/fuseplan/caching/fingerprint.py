@@ -1,4 +1,4 @@
-"""What a plan depends on, as a key: derived from content, never listed by hand."""
+"""The key of everything that a plan depends on: derived from content, never listed by hand."""
 
 import hashlib
 import json
@@ -33,10 +33,10 @@ log = logging.getLogger("fuseplan")
 
 @dataclass(frozen=True, eq=False)
 class Identity:
-    """What distinguishes a pass manager from another one.
+    """The identity of a pass manager.
 
     Attributes:
-        facts: of data alone.
+        facts: plain data.
         unordered: rules and providers.
         ordered: passes, which run in the order given.
     """
@@ -46,8 +46,8 @@ class Identity:
     ordered: Sequence[Content]
 
     def key(self, **further: Any) -> str | None:
-        """The `fingerprint` of all of it and of `further`; None where something of a user's has no `uuid()`, which is
-        logged once.
+        """The `fingerprint` of all of it and of `further`; None where a user's object has no `uuid()`, which is logged
+        once.
         """
         contents = (*self.unordered, *self.ordered)
         unordered, ordered = ([each.key for each in part] for part in (self.unordered, self.ordered))
@@ -62,9 +62,7 @@ class Identity:
         )
 
     def __eq__(self, other: object) -> bool:
-        """Whether two of this process are alike: a user's function or object without a `uuid()` is like itself
-        alone.
-        """
+        """Whether two of this process are equal: a user's function or object without a `uuid()` only equals itself."""
         if not isinstance(other, Identity) or hash(self) != hash(other) or self.facts != other.facts:
             return False
         mine, theirs = ([*_sorted(each.unordered), *each.ordered] for each in (self, other))
@@ -79,27 +77,27 @@ class Keyed(CustomGraphPass):
     """A pass that Inductor caches by content.
 
     Attributes:
-        engine_groups: what an engine calls its groups, and the names of the process groups behind them.
+        engine_groups: returns the engine's identifiers of groups, with the names of the process groups behind them.
     """
 
     engine_groups: Callable[[], Mapping[object, str]]
 
     @property
     def identity(self) -> Identity:
-        """Whatever can change what this pass does."""
+        """Everything that can change the results of this pass."""
         raise NotImplementedError
 
     def uuid(self) -> str | None:
-        """The key under which Inductor caches what this pass does: a hash of everything that can change it.
+        """The key under which Inductor caches results of this pass: a hash of everything that can change them.
 
-        None, and then nothing is cached, where that can't be said: where a rule, a provider or a pass of a user's has
-        no `uuid()`. A log line names it, once a process.
+        None, so that nothing is cached, where a user's rule, provider or pass has no `uuid()`. A log line names it,
+        once a process.
         """
         key = self._key()
         return key and renewed(key)
 
     def give_up_key(self) -> None:
-        """What is compiled now is of this run alone: no later one finds it."""
+        """Keeps later runs from finding the graphs compiled now in the cache."""
         if (key := self._key()) is not None:
             renew(key)
 
@@ -109,7 +107,7 @@ class Keyed(CustomGraphPass):
 
     @property
     def named_groups(self) -> list[str]:
-        """What an engine calls its groups now, as text."""
+        """The engine's current identifiers of groups, as text."""
         return sorted(map(str, self.engine_groups().items()))
 
     def __eq__(self, other: object) -> bool:
@@ -142,11 +140,11 @@ def tell_cold(users: Iterable[Any]) -> None:
 
 
 def renewed(key: str, folder: Path | None = None) -> str:
-    """A key, or the one that stands for it since it was last given up by `renew`.
+    """A key, or the one that has replaced it since `renew` last gave it up.
 
     Args:
         key: as `Identity.key` returns it.
-        folder: where that is noted; None: in Inductor's cache, which ends with what is cached under the key.
+        folder: where renewed keys are stored; None: in Inductor's cache, which is deleted together with its entries.
     """
     try:
         token = read_bytes(_note(key, folder), LARGEST_TOKEN)
@@ -156,8 +154,8 @@ def renewed(key: str, folder: Path | None = None) -> str:
 
 
 def renew(key: str, folder: Path | None = None) -> None:
-    """Gives a key up, for what is about to be cached under it must not be found again. A pass can't tell Inductor
-    that a graph isn't to be cached: the key was asked for before.
+    """Gives a key up, since the graph about to be cached under it must not be found again. A pass can't keep Inductor
+    from caching a graph: Inductor asked for the key before.
     """
     note = _note(key, folder)
     try:
@@ -180,7 +178,7 @@ def _title(thing: Any) -> str:
 
 
 def fingerprint(**ingredients: Any) -> str:
-    """A hash of the ingredients and of what every plan depends on: fuseplan's source, torch, devices, ranks."""
+    """A hash of the ingredients and of the inputs of every plan: fuseplan's source, torch, devices, ranks."""
     everything = {
         **ingredients,
         "source": source_digest(),
@@ -203,16 +201,16 @@ def source_digest() -> str:
 
 
 def config_key(config: PassConfig) -> str:
-    """A configuration by content: selectors have no order, and files count by what is in them."""
+    """A configuration by content: selectors have no order, and files count by their contents."""
     plain = replace(config, force=(), forbid=(), cost_table=None, plan=None)
     return content_of([plain, set(config.force), set(config.forbid)]).digest
 
 
 def rule_content(rule: Rule, known: Known | None = None) -> Content:
-    """A rule by content: its pattern as a graph, what else it says by data, and itself.
+    """A rule by content: its pattern as a graph, its other data, and the object itself.
 
     Args:
-        rule: what is read.
+        rule: the rule to read.
         known: as for `content_of`.
     """
     pattern = "\n".join(node.format_node() or str(node.args) for node in rule.traced_pattern.graph.nodes)
@@ -221,10 +219,10 @@ def rule_content(rule: Rule, known: Known | None = None) -> Content:
 
 
 def provider_content(provider: Provider, device: DeviceProfile | None, known: Known | None = None) -> Content:
-    """A provider by content: whether it can run, its version, what it implements, accepts and runs it by.
+    """A provider by content: whether it can run, its version, its fused ops, checks and kernels.
 
     Args:
-        provider: what is read.
+        provider: the provider to read.
         device: as for `PostGradPassManager`.
         known: as for `content_of`.
     """
@@ -233,7 +231,7 @@ def provider_content(provider: Provider, device: DeviceProfile | None, known: Kn
     is_ours = type(provider).__module__.startswith("fuseplan.") and provider.uuid is None
     itself = parts if is_ours else [provider, sorted(kernels)]
     data = [str(provider.unavailable(device)), str(provider.version()), provider.runs_alone, provider.timing]
-    # What is data counts beside a `uuid`, which stands for what is code.
+    # Data counts beside a `uuid`, which stands for the code.
     said = {
         name: [offer.roundings, None if callable(offer.cost) else offer.cost]
         for name, offer in provider.implements.items()
@@ -250,7 +248,7 @@ def pass_content(graph_pass: Any) -> Content:
 
 
 def plans_key(saved: SavedPlans | None) -> list[str]:
-    """What saved plans apply where."""
+    """The fusions of saved plans, with their places."""
     return [f"{plan.graph} {plan.range} {plan.digest}" for plan in saved.plans] if saved else []
 
 
@@ -261,8 +259,8 @@ def _local_devices() -> list[str]:
 
 
 def _groups() -> list[list[Any]]:
-    """The process groups that this process knows by name: a kernel serves some numbers of ranks, and some only those of
-    one machine, and graphs have names alone.
+    """The process groups that this process knows by name, with their ranks: kernels support certain numbers of ranks,
+    some only on one machine, and graphs only have the names.
     """
     if not dist.is_initialized():
         return []

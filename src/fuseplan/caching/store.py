@@ -1,4 +1,6 @@
-"""Reports by content, beside Inductor's own cache: what a warm compile cache skips is still reported."""
+"""Reports by content, beside Inductor's own cache: they are still delivered when a warm compile cache skips the
+pass.
+"""
 
 import contextlib
 import functools
@@ -26,7 +28,7 @@ from fuseplan.record import Reason, Report, stored
 
 OURS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
 HELPERS = (contextlib.__file__, functools.__file__, "<")
-"""Files that no warning points at: torch's and fuseplan's own, Python's helpers and what is generated."""
+"""Files that no warning points at: torch's and fuseplan's own, Python's helpers and generated code."""
 
 LARGEST_BYTES = 64 * 2**20
 
@@ -34,14 +36,14 @@ log = logging.getLogger("fuseplan")
 
 
 def graph_key(gm: fx.GraphModule, inputs: Sequence[Any], manager: str | None, options: Mapping[str, Any]) -> str | None:
-    """A hash of a graph as Dynamo made it, of its inputs' metadata, and of all that shapes the graph on its way to the
-    pass manager's report. None: a function of a user's does, and it has no `uuid()`.
+    """A hash of a graph as Dynamo made it, of its inputs' metadata, and of everything that affects the pass manager's
+    report on it. None: that includes a user's function without a `uuid()`.
 
     Args:
         gm: the graph.
         inputs: its inputs.
         manager: the key of the pass manager.
-        options: of Inductor's, the pass manager left out.
+        options: Inductor's, without the pass manager.
     """
     earlier = [getattr(inductor_config, name, None) for name in EARLIER_PASSES]
     settings = content_of([inductor_config.save_config_portable(), earlier, options])
@@ -67,7 +69,7 @@ EARLIER_PASSES = (
 
 
 def _structure(gm: fx.GraphModule) -> Iterator[str]:
-    """A graph without names, which differ where equal code is reached on different ways."""
+    """A graph without names, which differ where equal code is reached in different ways."""
     numbers = {node: f"%{number}" for number, node in enumerate(gm.graph.nodes)}
     for node in gm.graph.nodes:
         target = "" if node.op == "placeholder" else _name(node.target)
@@ -124,7 +126,9 @@ def _describe(value: Any) -> str:
 
 
 def _inside(value: torch.Tensor) -> str:
-    """What tells a tensor of a subclass, such as a quantised weight, from others of its shape: what it is made of."""
+    """The inner tensors and context of a tensor subclass, such as a quantised weight, which distinguish it from others
+    of its shape.
+    """
     if not hasattr(value, "__tensor_flatten__"):
         return ""
     names, context = value.__tensor_flatten__()

@@ -24,7 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Fuse kernels in models under torch.compile: see what fuses and why, measure what that gains.",
+    help="Fuse kernels in models under torch.compile: see what fuses and why, measure the gain.",
 )
 
 
@@ -44,7 +44,7 @@ def _options(
 
 
 class _Command(typer.core.TyperCommand):
-    """Arguments in help as the texts name them: `WORKLOAD`, where typer has `{WORKLOAD}` and `WORKLOAD <str>`."""
+    """Arguments in help as in the texts: `WORKLOAD`, where typer has `{WORKLOAD}` and `WORKLOAD <str>`."""
 
     def get_usage(self, ctx: Any) -> str:
         return re.sub(r"\{([A-Z]+)\}", r"\1", super().get_usage(ctx))
@@ -54,7 +54,7 @@ class _Command(typer.core.TyperCommand):
         return re.sub(r"^(  [A-Z]+ )(<\w+>)", lambda found: found[1] + " " * len(found[2]), text, flags=re.MULTILINE)
 
 
-app.command(cls=_Command, short_help="Show what would be fused in a model, and what that saves.")(explain)
+app.command(cls=_Command, short_help="Show what would be fused in a model, and the saving.")(explain)
 app.command(name="try", cls=_Command, short_help="Measure on this machine how much faster a model gets.")(attempt)
 app.command(cls=_Command, short_help="Time a model's fusions, so that plans rest on measurements.")(tune)
 app.command(cls=_Command, short_help="Time steps of a model with and without fuseplan.")(bench)
@@ -62,7 +62,7 @@ app.command(cls=_Command, short_help="Fail where a model's fusions differ from a
 app.command(cls=_Command, short_help="List the fusions.")(rules)
 app.command(cls=_Command, short_help="List the kernel libraries, and which are installed here.")(providers)
 app.command(cls=_Command, short_help="List the devices with known prices.")(devices)
-app.command(name="diff", cls=_Command, short_help="Show what changed between two files of plans.")(diff_plans)
+app.command(name="diff", cls=_Command, short_help="Show the changes between two files of plans.")(diff_plans)
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             # A quoted line of a model can have anything, and a terminal or a pipe in CI may be ASCII.
             stream.reconfigure(errors="backslashreplace")
-    # Nearly all that a command makes it keeps until its end: the collector would search millions of objects in vain.
-    # It is collected as Python ends, and must be: a native module whose objects outlive it prints what has leaked.
+    # A command keeps nearly all its objects until its end: the collector would search millions of them in vain. They
+    # are collected as Python ends, and must be: a native module whose objects outlive it prints leaks.
     with uncollected():
         app()

@@ -1,4 +1,6 @@
-"""`fuseplan try`: explain, tune and bench one workload on this machine, and say in one sentence what the plan gains."""
+"""`fuseplan try`: explain, tune and bench one workload on this machine, and say in one sentence how much the plan
+gains.
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -28,7 +30,7 @@ def attempt(
     deadline: Deadline = DEADLINE_S,
     debug: Debug = False,
 ) -> None:
-    """Measure on this machine what the plan gains: explain WORKLOAD, tune what contends, time a step beside plain
+    """Measure the gain of the plan on this machine: explain WORKLOAD, tune contending fusions, time a step beside plain
     torch.compile, print a verdict, and write the page. The measured costs stay where compile reads them.
     """
     with one_line_errors(debug):

@@ -1,4 +1,4 @@
-"""`fuseplan bench`: what a step takes under each policy and without fuseplan, side by side in one process."""
+"""`fuseplan bench`: the time of a step under each policy and without fuseplan, side by side in one process."""
 
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +26,7 @@ def bench(
             "--policy",
             metavar="POLICY",
             help="planned, off or ordered(RULE, ...); may be repeated. Default: planned, off, orders that differ. "
-            "torch.compile without fuseplan is always there.",
+            "torch.compile without fuseplan is always timed.",
         ),
     ] = None,
     steps: Annotated[
@@ -41,8 +41,9 @@ def bench(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Run WORKLOAD with random weights, and show what a step takes under each policy and under plain torch.compile. A
-    language model decodes a token for each sequence; a factory's model runs on its inputs, made as many as the batch.
+    """Run WORKLOAD with random weights, and show the time of a step under each policy and under plain torch.compile. A
+    language model decodes a token for each sequence; a factory's model runs on its inputs, repeated to the size of the
+    batch.
     """
     with one_line_errors(debug):
         check_spelling(workload, policies=policies)

@@ -53,8 +53,8 @@ def check(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Fail with exit status 1 where the fusions of WORKLOAD differ from those of a lock file. What the lock pins is
-    asked again; other options than its own need --update.
+    """Fail with exit status 1 where the fusions of WORKLOAD differ from those of a lock file. Settings come from the
+    lock; options that contradict it need --update.
     """
     with one_line_errors(debug):
         check_spelling(
@@ -95,11 +95,11 @@ def _check(workload: str, path: Path, given: dict[str, Any], *, update: bool) ->
     Args:
         workload: as the user named it.
         path: of the lock.
-        given: settings that stand on the command line.
+        given: settings from the command line.
         update: whether to write the lock.
 
     Raises:
-        FuseplanError: the lock is missing or broken, is of another workload or contradicts `given`; or the question
+        FuseplanError: the lock is missing or broken, is of another workload or contradicts `given`; or the settings
             can't be served.
     """
     from fuseplan.report.drift import drifts
@@ -152,7 +152,7 @@ def _read(path: Path, update: bool) -> Any:
 
 
 def _settle(before: Any, name: str, given: dict[str, Any], path: Path, update: bool) -> tuple[Any, Any]:
-    """The question, and what of it the lock has otherwise.
+    """The settings, and those that differ from the lock's.
 
     Raises:
         LockError: the command line contradicts the lock.
@@ -182,12 +182,12 @@ def _settle(before: Any, name: str, given: dict[str, Any], path: Path, update: b
 
 
 def _ask(workload: str, settings: Any, source: Path | None) -> Any:
-    """What the question's policy does.
+    """The report of the settings' policy.
 
     Args:
         workload: as the user named it.
-        settings: the question.
-        source: the lock that all of it is from; None where the user has a part in it.
+        settings: of the check.
+        source: the lock, if all settings are from it; None where the user gave some.
     """
     from fuseplan.errors import ConfigError, LockError, PlanError
     from fuseplan.integrations.locks import config_of
@@ -206,8 +206,8 @@ def _ask(workload: str, settings: Any, source: Path | None) -> Any:
 
 
 def _name_in_lock(workload: str, lock: Path) -> str:
-    """The workload as a lock has it: a configuration by its path from the lock, so that both can move together. A
-    folder stands for the configuration in it.
+    """The name of a workload in a lock: a configuration by its path from the lock, so that both can move together. A
+    folder means the configuration in it.
     """
     from fuseplan.workloads.catalog import path_of
 
@@ -215,7 +215,7 @@ def _name_in_lock(workload: str, lock: Path) -> str:
     if path is None:
         return workload
     file = path / CONFIG if path.is_dir() else path
-    # Links in a circle lead nowhere, which who reads the files says.
+    # The reader of the files reports links in a circle.
     return Path(os.path.relpath(os.path.realpath(file), Path(os.path.realpath(lock)).parent)).as_posix()
 
 

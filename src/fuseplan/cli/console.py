@@ -30,7 +30,7 @@ LINE_S = 5.0
 """Seconds between lines of progress."""
 
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
-"""Of consoles: names of workloads, modules and files are shown as they are."""
+"""Arguments of consoles: names of workloads, modules and files are shown as they are."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -38,7 +38,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 @contextmanager
 def one_line_errors(debug: bool) -> Iterator[None]:
-    """Ends a command with exit status 2 and one line for whatever a user can cause."""
+    """Ends a command with exit status 2 and one line for any error that a user can cause."""
     try:
         yield
     except FuseplanError as error:
@@ -51,8 +51,8 @@ def one_line_errors(debug: bool) -> Iterator[None]:
 
 @contextmanager
 def progress(text: str) -> Iterator[Callable[[str], None]]:
-    """What is being done, and for how long already, on standard error where that is a terminal; what comes out is not
-    disturbed by it.
+    """Shows the current step and its duration so far, on standard error where that is a terminal; standard output isn't
+    affected.
     """
     console = Console(stderr=True, **PLAIN)
     if not console.is_terminal:
@@ -68,8 +68,8 @@ def progress(text: str) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def measuring(shown: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Tells on standard error what is being measured, how far it is, and how long it will still take: a bar where that
-    is a terminal, else a line now and then.
+    """Shows progress of measuring on standard error, with the time left: a bar where that is a terminal, else a line
+    now and then.
 
     Args:
         shown: whether progress is shown; of several ranks one shows it.
@@ -95,22 +95,22 @@ def measuring(shown: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 class _Lines:
-    """A line when something has been done and some seconds have passed."""
+    """Prints a line when there is progress and some seconds have passed."""
 
     def __init__(self) -> None:
-        self._start, self._last, self._told = time.monotonic(), -math.inf, -1
+        self._start, self._last, self._shown = time.monotonic(), -math.inf, -1
 
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if done == self._told or now - self._last < LINE_S:
+        if done == self._shown or now - self._last < LINE_S:
             return
-        self._last, self._told = now, done
+        self._last, self._shown = now, done
         left = f", about {duration((now - self._start) / done * (total - done))} left" if done else ""
         say(f"{done} of {total}{left}: {what}")
 
 
 def say(text: str) -> None:
-    """One line on standard error, beside what was asked for."""
+    """Prints one line on standard error, beside the command's own output."""
     Console(stderr=True, soft_wrap=True, **PLAIN).print(Text(printable(text)))
 
 

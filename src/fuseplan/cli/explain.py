@@ -31,7 +31,7 @@ def explain(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="A device profile, whose providers are taken as present. Default: this machine's GPU, or h200.",
+            help="A device profile, whose providers are assumed present. Default: this machine's GPU, or h200.",
         ),
     ] = None,
     ranges: Ranges = None,

@@ -1,4 +1,4 @@
-"""`fuseplan rules`, `providers`, `devices`: what there is, and what is available here and why not."""
+"""`fuseplan rules`, `providers`, `devices`: lists, with availability here or the reason why not."""
 
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ def rules(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the fusions: what each matches and the op that takes its place; for one of them, all of its patterns."""
+    """List the fusions: each one's pattern and the op that replaces it; for one of them, all of its patterns."""
     with one_line_errors(debug):
         from fuseplan.config import unknown
         from fuseplan.rules import by_name
@@ -52,7 +52,9 @@ def providers(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the providers of fused ops: available here, or why not; for one provider, what its kernels take."""
+    """List the providers of fused ops: available here, or why not; for one provider, the arguments that its kernels
+    take.
+    """
     with one_line_errors(debug):
         from fuseplan.config import unknown
         from fuseplan.providers import BUILT_IN_PROVIDERS, ENGINE_PROVIDERS

@@ -18,7 +18,7 @@ Modules = Annotated[
 
 
 class Own(NamedTuple):
-    """What modules of the user's define."""
+    """The objects that the user's modules define."""
 
     rules: tuple[Any, ...]
     providers: tuple[Any, ...]
@@ -67,7 +67,7 @@ def _defined_in(module: str) -> Own:
 
 
 def _values_of(module: str) -> dict[str, Any]:
-    """The values of a module by name. What it prints goes to standard error."""
+    """The values of a module by name. Its output goes to standard error."""
     from fuseplan.errors import ConfigError
     from fuseplan.record.text import one_line
     from fuseplan.workloads.catalog import import_module

@@ -1,4 +1,4 @@
-"""`fuseplan diff`: what changed between two plans."""
+"""`fuseplan diff`: the changes between two plans."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,7 @@ def diff_plans(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what changed between two files of plans. Exit status 1 where anything did."""
+    """Show the changes between two files of plans. Exit status 1 if there are any."""
     with one_line_errors(debug):
         from fuseplan.record import SavedPlans, diff
         from fuseplan.record.text import printable

@@ -31,14 +31,14 @@ Deadline = Annotated[float, typer.Option("--deadline", metavar="SECONDS", help="
 
 
 def command_of(ranks: int) -> str:
-    """This process's command as it would be written again."""
+    """This process's command line, to run it again."""
     start = f"torchrun --nproc-per-node {ranks} -m fuseplan" if ranks > 1 else "fuseplan"
     return shlex.join([*start.split(), *sys.argv[1:]])
 
 
 @contextlib.contextmanager
 def built(workload: str, ranks: Any, layers: int | None, *, weights: bool = False) -> Iterator[Any]:
-    """A workload on this process's device, with weights or with fake ones, and what its code prints on standard error.
+    """A workload on this process's device, with weights or fake ones; its code's output goes to standard error.
 
     Raises:
         WorkloadError: as `catalog.build`.
@@ -61,14 +61,14 @@ def ranks_of(tp: int | None, deadline_s: float, command: str, *, debug: bool) ->
     An error on one rank ends all of them, and is reported once. One of several processes ends with this context.
 
     Args:
-        tp: what the user asked for; None: as many ranks as there are.
+        tp: the user's number of ranks; None: as many as there are.
         deadline_s: seconds that a rank waits for the others.
         command: for the hint how to start several.
         debug: whether the traceback of an error is shown.
 
     Raises:
         ConfigError: there are other ranks than `tp`, or fewer GPUs than ranks.
-        FuseplanError: what is raised inside.
+        FuseplanError: raised inside.
     """
     import torch
     import torch.distributed as dist
@@ -129,8 +129,8 @@ def _check(tp: int | None, ranks: int, command: str) -> None:
 
 
 def _leave(text: str, status: int = FAILED) -> NoReturn:
-    """Ends this process without taking anything down: what waits for another rank inside a kernel can't be taken down,
-    and threads of gloo now and then outlive their group.
+    """Ends this process without cleaning up: a thread that waits for another rank inside a kernel can't be stopped, and
+    threads of gloo now and then outlive their group.
     """
     if text:
         say(f"fuseplan: {text}")

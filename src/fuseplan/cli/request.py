@@ -34,7 +34,7 @@ AllowRoundingChanges = Annotated[
 
 
 def import_torch() -> None:
-    """Imports torch, which takes seconds, and checks that it is one that is supported.
+    """Imports torch, which takes seconds, and checks that it is supported.
 
     Raises:
         CompatibilityError: it is too old, or private interfaces of it have moved.
@@ -60,14 +60,14 @@ def compared(
     rules: Sequence[Any] | None = None,
     evidence: bool = False,
 ) -> Any:
-    """Builds a workload and compares policies on it, with a sign of life where that can be seen. What the user's code
-    prints meanwhile goes to standard error, so that standard output has what was asked for alone.
+    """Builds a workload and compares policies on it, with progress on a terminal. Output of the user's code goes to
+    standard error, so that standard output only has the command's own.
 
-    The arguments are those of `comparison.compare` and `catalog.build`; `rules` are the built-in ones by default.
+    The arguments are as for `comparison.compare` and `catalog.build`; `rules` are the built-in ones by default.
 
     Raises:
-        FuseplanError: something of it can't be served; broken tables, plans and selectors are found before anything
-            is built.
+        FuseplanError: the request can't be served; broken tables, plans and selectors are found before anything is
+            built.
     """
     from fuseplan.compilation.manager import PostGradPassManager
     from fuseplan.explanation.comparison import compare

@@ -11,7 +11,7 @@ from fuseplan.config import CompileRange, Policy, check_ranges, unknown
 from fuseplan.errors import ConfigError, PlanError, WorkloadError
 from fuseplan.record.files import exists, reading
 
-# What these parts have by name; a test holds each list against them.
+# The names that other parts define; a test compares each list with them.
 WORKLOADS = (
     "gpt-oss-120b", "gpt-oss-120b-tiny", "gpt-oss-120b-tiny:outer-reduce", "gpt-oss-120b:outer-reduce",
     "gpt-oss-20b", "gpt-oss-20b-tiny", "gpt-oss-20b-tiny:outer-reduce", "gpt-oss-20b:outer-reduce",
@@ -30,7 +30,7 @@ RULES = (
 PROVIDERS = ("aiter", "flashinfer", "sdpa", "sdpa_packed", "torch", "triton")
 
 GPUS = ("nvidia-", "amd-")
-"""How the names of GPUs without a profile start."""
+"""Prefixes of the names of GPUs without a profile."""
 
 
 def check_spelling(
@@ -43,19 +43,19 @@ def check_spelling(
     ranges: Sequence[str] | None = None,
     own: bool = False,
 ) -> None:
-    """Refuses names that stand for nothing, and ranges that aren't any.
+    """Refuses unknown names, and malformed ranges.
 
     Args:
         workload: as the user named it.
-        device: likewise.
-        policies: likewise.
-        providers: likewise.
+        device: as the user named it.
+        policies: as the user named them.
+        providers: as the user named them.
         selectors: of fusions to apply or not to; their rules are checked.
         ranges: compile ranges.
-        own: whether modules of the user's bring rules and providers of other names.
+        own: whether the user's modules add rules and providers of other names.
 
     Raises:
-        ConfigError: there is no such device, policy, rule or provider, or a range is none, or overlaps another.
+        ConfigError: there is no such device, policy, rule or provider, or a range is malformed, or overlaps another.
         WorkloadError: there is no such workload, file or module.
     """
     if workload is not None and workload not in WORKLOADS:
@@ -87,7 +87,9 @@ def check_files(*, costs: Path | None = None, plan: Path | None = None) -> None:
 
 
 def _check_elsewhere(workload: str) -> None:
-    """Refuses what is neither a path nor a factory, a path where nothing is, and a module that isn't installed."""
+    """Refuses a workload that is neither a path nor a factory, a path without a file, and a module that isn't
+    installed.
+    """
     if workload.endswith(".json") or "/" in workload:
         with reading("Hugging Face configuration", Path(workload), WorkloadError):
             Path(workload).stat()

@@ -1,4 +1,4 @@
-"""`fuseplan tune`: what each alternative takes on this machine, measured in context and put into a cost table."""
+"""`fuseplan tune`: the time of each alternative on this machine, measured in context and put into a cost table."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ LACKING = "costs='auto' models a class that lacks an alternative; costs='measure
 NOTHING = "nothing was measured: no fusion matches that can be run"
 NOTHING_UNSURE = "nothing is unsure: no measurement could change the plan"
 INTERRUPTED = 130
-"""The exit status of what Ctrl-C ended, by custom."""
+"""The customary exit status after Ctrl-C."""
 
 
 def tune(
@@ -60,8 +60,8 @@ def tune(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure what the fusions of WORKLOAD take on this machine, each beside what it competes with, and put the times
-    into a cost table. Under torchrun for tensor parallelism: torchrun --nproc-per-node 2 -m fuseplan tune WORKLOAD.
+    """Measure the fusions of WORKLOAD on this machine, each beside its alternatives, and put the times into a cost
+    table. Under torchrun for tensor parallelism: torchrun --nproc-per-node 2 -m fuseplan tune WORKLOAD.
     """
     with one_line_errors(debug):
         check_spelling(workload, providers=provider, ranges=ranges)
@@ -103,7 +103,7 @@ def tune(
 
 
 def _device(repeats: int, given: Sequence[str], *, as_json: bool) -> None:
-    """Measures the device alone, and keeps what it found where prices are read from."""
+    """Measures the device alone, and stores the constants where prices are read from."""
     from fuseplan.config import Launch
     from fuseplan.measurement.tuning import LEAST_REPEATS, measure_device
     from fuseplan.planner.costs import record_path
@@ -158,7 +158,7 @@ def _json(found: Any, workload: str, tp: int, table: Path) -> dict[str, Any]:
 
 
 def _list(works: Sequence[Any]) -> None:
-    """What decides, and about how long measuring it takes."""
+    """Lists the deciding alternatives, and about how long measuring them takes."""
     from fuseplan.providers import local_profile
     from fuseplan.record.unsure import seconds_of
 
@@ -174,7 +174,7 @@ def _list(works: Sequence[Any]) -> None:
 
 
 def _rendered(found: Any, path: Path, none: str) -> Group:
-    """A table for each class, what isn't measured and why, and where the rows are."""
+    """A table for each class, the unmeasured alternatives with reasons, and the file of the rows."""
     parts: list[Any] = []
     for site, count in sorted(found.classes.items()):
         start = f"{site}: "
@@ -194,7 +194,7 @@ def _rendered(found: Any, path: Path, none: str) -> Group:
 
 
 def _doubts(found: Any) -> Iterator[str]:
-    """What the repeats leave open, how many would settle it, and what else a reader has to know."""
+    """The differences that the repeats leave open, how many would settle them, and further notes."""
     for each in found.unclear[:MOST_DOUBTS]:
         low, high = (time_ns / 1000 for time_ns in (each.beside_unfused.low_ns, each.beside_unfused.high_ns))
         needed = each.beside_unfused.repeats_needed

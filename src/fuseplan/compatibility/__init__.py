@@ -1,8 +1,8 @@
 """Which torch fuseplan works with: not too old, and with the private interfaces that fuseplan is built on.
 
-What moved is found when the first of fuseplan's entry points is asked for, before anything of it is imported.
-`fuseplan.compile` then falls back to `torch.compile` (`fuseplan.compatibility.fallback`); whatever has no
-fallback raises.
+Moved interfaces are found at the first access to one of fuseplan's entry points, before the rest of fuseplan is
+imported. `fuseplan.compile` then falls back to `torch.compile` (`fuseplan.compatibility.fallback`); entry points
+without a fallback raise.
 """
 
 import functools
@@ -34,17 +34,17 @@ NEWEST_TORCH = (2, 15)
 """The newest release that was tried. A newer one is used all the same, unless something moved."""
 
 SHOWN = 2
-"""Moved interfaces that are named; where one moves, the names beside it mostly went with it."""
+"""Moved interfaces that a message names; where one moves, its neighbours mostly move with it."""
 
 
 def require_supported_torch(*, everything: bool = False) -> None:
-    """Checks the torch that is installed.
+    """Checks the installed torch.
 
     Args:
-        everything: also what `fuseplan.compile` does without; see `ASIDE`.
+        everything: also check interfaces that `fuseplan.compile` can do without; see `ASIDE`.
 
     Raises:
-        CompatibilityError: it is older than 2.11, or something moved that fuseplan is built on.
+        CompatibilityError: it is older than 2.11, or an interface moved that fuseplan is built on.
     """
     require_torch_version()
     if (text := incompatibility(everything)) is not None:
@@ -52,7 +52,7 @@ def require_supported_torch(*, everything: bool = False) -> None:
 
 
 def require_torch_version() -> None:
-    """Checks the version of the torch that is installed.
+    """Checks the version of the installed torch.
 
     Raises:
         CompatibilityError: it is older than 2.11.
@@ -66,10 +66,10 @@ def require_torch_version() -> None:
 
 @functools.cache
 def incompatibility(everything: bool = False) -> str | None:
-    """One line on what the installed torch no longer has as fuseplan needs it, or None.
+    """One line on the interfaces that moved in the installed torch, or None.
 
     Args:
-        everything: also what `fuseplan.compile` does without; see `ASIDE`.
+        everything: also check interfaces that `fuseplan.compile` can do without; see `ASIDE`.
     """
     spared = OPTIONAL if everything else OPTIONAL | ASIDE
     moved = find_moved(each for each in PRIVATE_APIS if not spared.issuperset(each.users))

@@ -1,4 +1,4 @@
-"""Looks for private interfaces of torch: are they there, and do they take what fuseplan passes?"""
+"""Checks private interfaces of torch: whether they exist, and take fuseplan's arguments."""
 
 import importlib
 import inspect
@@ -14,7 +14,7 @@ from fuseplan.record.text import one_line
 
 @dataclass(frozen=True)
 class Moved:
-    """A private interface that isn't as fuseplan needs it, and what is wrong with it."""
+    """A private interface that doesn't fit fuseplan any more, and why."""
 
     api: PrivateApi
     what: str
@@ -24,7 +24,7 @@ class Moved:
 
 
 def find_moved(apis: Iterable[PrivateApi]) -> tuple[Moved, ...]:
-    """Those that the installed torch doesn't have as they are needed, in their order."""
+    """The interfaces that don't fit in the installed torch, in their order."""
     return tuple(Moved(each, what) for each in apis if (what := _wrong(each)) is not None)
 
 
@@ -45,13 +45,13 @@ def _wrong(api: PrivateApi) -> str | None:
 
 
 def _member(owner: Any, name: str) -> Any:
-    """An attribute of a module, object or class. Some attributes of a class's instances the class only annotates, and
-    others come into being with an instance.
+    """An attribute of a module, object or class. A class only annotates some attributes of its instances, and others
+    exist only on an instance.
 
     Raises:
         AttributeError: there is none, or no instance can be made any more.
     """
-    # A class itself has more than its instances: it can be called, for one.
+    # A class itself has more attributes than its instances: `__call__`, for one.
     if not isinstance(owner, type) or any(name in vars(base) for base in owner.__mro__):
         return getattr(owner, name)
     if any(name in vars(base).get("__annotations__", {}) for base in owner.__mro__):
@@ -77,11 +77,11 @@ _EXAMPLES: Mapping[str, Callable[[Any], object]] = {
     "_Namespace": lambda cls: cls(),
     "_TorchCompileInductorWrapper": lambda cls: cls(None, None, None),
 }
-"""An instance of each class some of whose attributes only instances have."""
+"""An instance of each class with attributes that only instances have."""
 
 
 def _misfit(function: Any, api: PrivateApi, *, unbound: bool) -> str | None:
-    """What is wrong with calling it as fuseplan does; None too where its parameters can't be inspected."""
+    """Why fuseplan's call doesn't fit; None if it does, or if the parameters can't be inspected."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):

@@ -1,5 +1,5 @@
-"""fuseplan's entry points on a torch whose private interfaces have moved: what can go on without fusions does, with a
-warning, and what can't raises. Nothing here uses a private interface that it can't do without.
+"""fuseplan's entry points on a torch whose private interfaces have moved: those that work without fusions do, with a
+warning, and the others raise. Nothing here depends on a private interface.
 """
 
 import warnings
@@ -20,7 +20,7 @@ OWN_ARGUMENTS = frozenset({"config", "on_report", "passes", "rules", "providers"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ExternalPass:
-    """Takes what `fuseplan.ExternalPass` takes, so that a program which makes one goes on; it isn't looked at."""
+    """Takes the arguments of `fuseplan.ExternalPass`, so that programs that make one go on; it is ignored."""
 
     matcher: Any
     name: str = ""
@@ -40,7 +40,7 @@ class PostGradPassManager:
 
 
 def compile(model: T, **arguments: Any) -> T:
-    """`torch.compile(model)`, with those of `fuseplan.compile`'s arguments that are torch's.
+    """`torch.compile(model)`, with the arguments of `fuseplan.compile` that are torch's.
 
     Raises:
         CompatibilityError: this torch is too old.

@@ -1,4 +1,4 @@
-"""Every private interface of torch that fuseplan uses. A test holds the list against the source."""
+"""Every private interface of torch that fuseplan uses. A test compares the list with the source."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,9 +9,10 @@ class PrivateApi:
     """Something of torch that may move or change without notice.
 
     Attributes:
-        path: `module:attribute`, as entry points are written. What only instances have stands below their class.
-        users: the rooms of fuseplan that use it; of `compilation.floats`, which can be done without, the module.
-        args: how many arguments it is called with by position; None: it isn't called.
+        path: `module:attribute`, as entry points are written. Attributes that only instances have are listed below
+            their class.
+        users: the rooms of fuseplan that use it; for `compilation.floats`, which is optional, the module.
+        args: the number of positional arguments that it is called with; None: it isn't called.
         keywords: the arguments that it is called with by name.
     """
 
@@ -22,17 +23,17 @@ class PrivateApi:
 
     @property
     def module(self) -> str:
-        """What is imported."""
+        """The module to import."""
         return self.path.partition(":")[0]
 
     @property
     def attributes(self) -> tuple[str, ...]:
-        """The way from the module to it."""
+        """The attributes that lead from the module to it."""
         return tuple(self.path.partition(":")[2].split("."))
 
     @property
     def dotted(self) -> str:
-        """The path as Python code has it."""
+        """The path as in Python code."""
         return self.path.replace(":", ".")
 
 
@@ -41,7 +42,7 @@ ASIDE = frozenset({"integrations", "measurement", "testing", "workloads"})
 does without."""
 
 OPTIONAL = frozenset({"compilation.floats"})
-"""Modules without which fuseplan does less, and says so in its reports."""
+"""Modules without which fuseplan fuses less, and says so in its reports."""
 
 FLOATS = (
     PrivateApi("torch._dynamo.exc:TensorifyScalarRestartAnalysis", ("compilation.floats",), 0),
@@ -234,5 +235,6 @@ TRACED: Mapping[str, tuple[str, ...]] = {
     "stack_trace": ("graph", "rewriting"),
     "val": ("explanation", "graph", "matching", "measurement", "rewriting", "rules", "testing", "verification"),
 }
-"""The keys of `Node.meta` that are read, and by whom. Which ones torch writes shows only when it traces a model: tests
-look for them, not an import."""
+"""The keys of `Node.meta` that are read, and their readers. Which ones torch writes shows only when it traces a model,
+so tests check them, not the import.
+"""

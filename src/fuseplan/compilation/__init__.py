@@ -1,1 +1,1 @@
-"""What runs while a model is compiled and called: the pass manager, and its use of Dynamo."""
+"""The parts that run while a model is compiled and called: the pass manager, and its use of Dynamo."""

@@ -1,4 +1,4 @@
-"""The analysis of a graph before anything is chosen, and the record of what was chosen."""
+"""The analysis of a graph before anything is chosen, and the record of the choice."""
 
 import time
 from collections import Counter
@@ -86,7 +86,7 @@ def graph_report(
         rules: names of the rules and passes that are on.
         ineffective_flags: flags that no rule answers to.
         overruled: as for `planner.ineffective_requests`.
-        device: that it was priced for.
+        device: the device used for pricing.
         rewritten: whether the graph was changed.
         further: refusals beside those of the analysis.
         verified: checks before fusions were applied, and those of all ranks before the first run.
@@ -108,7 +108,7 @@ def graph_report(
     refusals += assumed_constants(problem.pricing.prices.model.hardware)
     if unmeasured := problem.program.unmeasured(decision.selected):
         names = " and ".join(sorted({problem.candidates[index].rule for index in unmeasured}))
-        detail = f"what {len(unmeasured)} fusions of {names} save isn't known, and counts nothing: they were measured "
+        detail = f"the saving of {len(unmeasured)} fusions of {names} isn't known and counts as 0: they were measured "
         detail += "with others that aren't applied, and not without them"
         refusals.append(Refusal(reason=Reason.UNPRICED, detail=detail, mend="tune, or raise max_fusions"))
     cycle = "together with fusions that were chosen it would make the graph cyclic"
@@ -184,8 +184,9 @@ def _workspaces(problem: Problem, decision: Decision) -> tuple[tuple[str, str, s
 
 
 def _digest(problem: Problem, decision: Decision) -> str:
-    """What ranks have to agree on: which rules are applied where, by whom, and how messages are exchanged. In what else
-    a fusion takes ranks may differ: a layer whose parts are summed over them has its bias on one rank alone.
+    """The digest that ranks have to agree on: the applied rules with their places and providers, and how messages are
+    exchanged. Other inputs of a fusion may differ between ranks: a layer whose parts are summed over them has its bias
+    on one rank alone.
     """
     chosen = [problem.candidates[index] for index in decision.selected]
     said = [(each.name, "" if _is_local(each.match) else each.signature) for each in chosen]
@@ -193,7 +194,7 @@ def _digest(problem: Problem, decision: Decision) -> str:
 
 
 def _is_local(match: Match | ExternalMatch) -> bool:
-    """Whether a fusion is known to exchange nothing with other ranks."""
+    """Whether a fusion surely exchanges nothing with other ranks."""
     return isinstance(match, Match) and not match.rule.op.collective
 
 
@@ -201,7 +202,9 @@ UNCALLED = "can't be called by AOTInductor's packages"
 
 
 def _failures(problem: Problem, decision: Decision) -> list[Refusal]:
-    """Failed verifications, and what can't be packaged: once for the kernel, and once for every place that lost it."""
+    """Refusals of fusions that failed verification or can't be packaged: once for the kernel, and once for every place
+    that lost it.
+    """
     places, applied = list[Refusal](), _applied(problem, decision)
     for index, why in sorted(problem.failed.items()):
         candidate, fusion = problem.candidates[index], fusion_record(problem, index)
@@ -210,7 +213,7 @@ def _failures(problem: Problem, decision: Decision) -> list[Refusal]:
         reason = Reason.PACKAGE if UNCALLED in why else Reason.VERIFICATION
         if reason is Reason.VERIFICATION and UNVERIFIED not in why:
             mend = f"correct the {'kernel' if is_ours else 'pass'}, or {mend}"
-        whose = f"{candidate.provider}'s {candidate.op}" if is_ours else f"what pass {candidate.rule} puts in"
+        whose = f"{candidate.provider}'s {candidate.op}" if is_ours else f"the replacement of pass {candidate.rule}"
         place = _given_up(fusion, reason, f"{whose} {why}")
         places.append(_beside_others(candidate, applied, replace(place, mend=mend)))
     return _once_and_everywhere(places)
@@ -222,13 +225,13 @@ def _applied(problem: Problem, decision: Decision) -> frozenset[tuple[str, objec
 
 
 def _beside_others(candidate: Candidate, applied: Collection[tuple[str, object]], place: Refusal) -> Refusal:
-    """The refusal of a candidate, and whether another provider's is applied in its place."""
+    """The refusal of a candidate, with a note if another provider's is applied in its place."""
     nearness = Nearness.DECLINED if (candidate.rule, candidate.site) in applied else Nearness.REFUSED
     return replace(place, nearness=nearness, provider=candidate.provider)
 
 
 def _once_and_everywhere(places: Sequence[Refusal]) -> list[Refusal]:
-    """Refusals of places behind those of their kernels, each of which is there once."""
+    """Refusals of places, each after its kernel's, which occurs once."""
     kernels = dict[Refusal, None]()
     for place in places:
         detail = f"{place.rule} is not applied: {place.detail}"
@@ -237,17 +240,17 @@ def _once_and_everywhere(places: Sequence[Refusal]) -> list[Refusal]:
 
 
 class Regions:
-    """Reports as often as a step runs their graphs: what `nested_compile_region` is called on is compiled once."""
+    """Repeats reports as often as a step runs their graphs: a `nested_compile_region` is compiled only once."""
 
     def __init__(self) -> None:
         self._inside: WeakKeyDictionary[fx.GraphModule, tuple[GraphReport, ...]] = WeakKeyDictionary()
         self._copies = Counter[str]()
 
     def with_calls(self, graph: fx.Graph, report: GraphReport) -> tuple[GraphReport, ...]:
-        """The report of a graph, behind one for each further run of the graphs that it calls.
+        """The report of a graph, preceded by one for each further run of the graphs that it calls.
 
         Args:
-            graph: as Inductor compiles it, after what it calls.
+            graph: as Inductor compiles it, after the graphs that it calls.
             report: on it.
         """
         inside, copies = list[GraphReport](), list[GraphReport]()
@@ -306,7 +309,7 @@ def _not_sure(fusion: Fusion) -> Refusal:
 
 
 def assumed_constants(hardware: Hardware) -> list[Refusal]:
-    """That a device has no profile, and what is assumed of it."""
+    """The note that a device has no profile, with the assumed constants."""
     names = assumptions(hardware)
     if not names:
         return []
@@ -329,9 +332,9 @@ def report_of(policy: Policy, config: PassConfig, rules: Sequence[str], graphs: 
     """The record of all graphs under one policy.
 
     Args:
-        policy: which one chose.
+        policy: the one that chose.
         config: its settings; forcing only concerns plans.
-        rules: that were on.
+        rules: enabled ones.
         graphs: one record each.
     """
     warned_of = (Reason.NO_EFFECT, Reason.UNPRICED, Reason.VERIFICATION, Reason.FAULT, Reason.PACKAGE)

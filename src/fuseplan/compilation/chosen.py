@@ -1,4 +1,4 @@
-"""Puts what was chosen into the graph."""
+"""Puts the chosen fusions into the graph."""
 
 from fuseplan.compilation.analysis import Analysis
 from fuseplan.matching import ExternalMatch, Match

@@ -4,7 +4,7 @@
 2-canonical.txt   its copy in the dialect
 3-after.txt       the graph with the chosen fusions, if there are any
 patterns.txt      every rule's pattern as Inductor's matcher sees it
-matches.txt       every candidate: chosen, or what took its nodes, and what it saves
+matches.txt       every candidate: chosen, or the fusions that took its nodes, and its saving
 report.json       the record of all that
 """
 
@@ -43,7 +43,7 @@ class DebugDump:
             return cls(None)
         suffix = f"-{compile_range.start}-{compile_range.end}" if compile_range else ""
         folder = directory / f"{graph}{suffix}-pid{os.getpid()}"
-        with _told():
+        with _errors_logged():
             folder.mkdir(parents=True, exist_ok=True)
         return cls(folder)
 
@@ -98,14 +98,14 @@ class DebugDump:
 
     def _write(self, name: str, text: str) -> None:
         assert self.folder is not None
-        with _told():
-            # A name in a model may be no text.
+        with _errors_logged():
+            # A name in a model may not be valid text.
             (self.folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """A dump that can't be written is missing, and no reason to fail a compilation."""
+def _errors_logged() -> Iterator[None]:
+    """Logs a dump that can't be written: it is no reason to fail a compilation."""
     try:
         yield
     except OSError as error:

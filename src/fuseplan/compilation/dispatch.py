@@ -29,15 +29,15 @@ def tokens_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
 
 
 class Dispatch:
-    """Compiles a function once for each compile range, and sends each call where its number of tokens belongs.
+    """Compiles a function once for each compile range, and routes each call by its number of tokens.
 
-    In the module that `torch.compile` returns it takes the place of Dynamo's context: copies of the module, and what is
-    loaded from a pickle, ask it to compile their own forward.
+    In the module that `torch.compile` returns it replaces Dynamo's context: copies of the module, also unpickled ones,
+    ask it to compile their own forward.
 
     Args:
         branches: the compiler for each range.
         otherwise: the compiler for calls outside all ranges.
-        warn: called with those.
+        warn: called with a warning about those.
     """
 
     def __init__(
@@ -74,10 +74,10 @@ class Dispatch:
             self._warn(f"a call with {found} lies in none of the compile ranges {ranges}: it runs without fusions")
             return otherwise(*args, **kwargs)
 
-        # The marks of the wrapped one came along. This makes Dynamo accept them.
+        # It has the wrapped function's marks. This makes Dynamo accept them.
         vars(dispatched).update({WRAPPER: id(dispatched), "__wrapped__": inspect.unwrap(otherwise)})
         return dispatched
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Dispatch":
-        """Itself: copies of a model share what was compiled, and report to the callback that the user gave."""
+        """Itself: copies of a model share compiled code, and report to the user's callback."""
         return self

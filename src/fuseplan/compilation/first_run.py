@@ -30,9 +30,9 @@ class AgreedGraph:
     Args:
         compiled: with this rank's fusions.
         unfused: compiles the graph without.
-        apart: compiles it with those that need no memory that ranks share, given why they can't share any.
+        apart: compiles it with the fusions that need no memory shared between ranks, given why they can't share any.
         settle: asks the other ranks.
-        tell: called with a verdict against the fusions, and with what the ranks verified together.
+        tell: called with a verdict that is against the fusions, or has outcomes of verification by all ranks.
     """
 
     def __init__(
@@ -87,14 +87,14 @@ def groups_of(report: Report) -> tuple[str, ...]:
 
 def settle(gm: fx.GraphModule, report: Report, digest: str, config: PassConfig, rules: Sequence[Rule]) -> Verdict:
     """`agree_in_groups` on a graph as Dynamo made it. Ranks that agree share the memory that their kernels need, agree
-    once more that they do, and verify together what none of them can verify alone.
+    once more that they do, and verify collective kernels together.
 
     Args:
         gm: the graph.
         report: on it.
-        digest: of what this rank applies, or `failed(why)`.
+        digest: of this rank's fusions, or `failed(why)`.
         config: has the deadlines.
-        rules: among which those of the report are.
+        rules: contain the report's.
 
     Raises:
         CollectiveError: a rank is left in a kernel that was verified.
@@ -107,7 +107,7 @@ def settle(gm: fx.GraphModule, report: Report, digest: str, config: PassConfig, 
     if verdict.fused and wanted:
         try:
             said = f"{digest} {prepare(wanted)}"
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait for what this one says
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait for this one's answer
             said = apart(f"can't share memory: {type(error).__name__}: {one_line(error, 300)}")
         verdict = ask(graph=graph, digest=said)
     pending = pending_in([report])
@@ -115,18 +115,18 @@ def settle(gm: fx.GraphModule, report: Report, digest: str, config: PassConfig, 
 
 
 def pending_in(reports: Iterable[Report]) -> tuple[Pending, ...]:
-    """What all ranks have to verify together, each once."""
+    """The fusions that all ranks have to verify together, each once."""
     return tuple(dict.fromkeys(each for report in reports for graph in report.graphs for each in graph.pending))
 
 
 def verify_pending(
     pending: Sequence[Pending], rules: Sequence[Rule], ask: Callable[..., Verdict], graph: str, config: PassConfig
 ) -> Verdict:
-    """Verifies together what is pending, at least one, as all ranks do at once that agree on it.
+    """Verifies pending fusions, at least one, together with all ranks that agree on them.
 
     Args:
         pending: in the order of all ranks.
-        rules: among which theirs are.
+        rules: contain theirs.
         ask: `agree_in_groups` of their groups.
         graph: names the steps in the groups' store.
         config: has the deadlines.
@@ -149,8 +149,8 @@ def verify_pending(
 
 
 def digest_of(report: Report | None) -> str:
-    """What has to be equal on all ranks: what is applied where, and what they verify together. None: nobody knows any
-    more.
+    """The digest that has to be equal on all ranks: of the applied fusions and those to verify together. None: the
+    report is lost.
     """
     if report is None:
         return "unknown"
@@ -159,8 +159,8 @@ def digest_of(report: Report | None) -> str:
 
 
 def settled(report: Report, verdict: Verdict) -> Report:
-    """The report of a graph whose ranks have settled: with what they verified together, and, where they run it without
-    its fusions after all, why.
+    """The report of a graph whose ranks have settled: with the outcomes of verification by all ranks, and, where they
+    run it without its fusions after all, why.
     """
     report = replace(report, graphs=tuple(_verified(graph, verdict) for graph in report.graphs))
     if verdict.fused:

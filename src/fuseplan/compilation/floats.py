@@ -1,10 +1,10 @@
 """Python floats that Dynamo made inputs of a graph, and that a norm reads as its epsilon.
 
-Dynamo keeps by code object which floats differed: the second model of a class with another epsilon has it as an input,
-and a norm with such an epsilon can't be raised. Dynamo can trace a frame again with some floats as constants, on whose
-value it then guards; it does so itself for floats that can't become tensors. Here it is asked to, once for each place
-that a float comes from. One that changes from call to call costs one compilation more than without fuseplan, and then
-stays an input.
+Dynamo remembers by code object which floats differed: the second model of a class with another epsilon gets it as an
+input, and a norm with such an epsilon can't be raised. Dynamo can trace a frame again with some floats as constants,
+and guard on their values; it does so itself for floats that can't become tensors. fuseplan asks it to, once for each
+place that a float comes from. A float that changes from call to call costs one more compilation than without fuseplan,
+and then stays an input.
 """
 
 from collections.abc import Iterator
@@ -28,10 +28,10 @@ class RestartError(FuseplanError):
 
 @dataclass(frozen=True)
 class _Float:
-    """An input of a graph of Dynamo's.
+    """A float input of a graph of Dynamo's.
 
     Attributes:
-        symbol: Dynamo's name of the float; the same in every try at a frame.
+        symbol: Dynamo's name of the float; the same each time that a frame is traced.
         place: the frame, and where in it the float comes from.
         value: of this call.
     """
@@ -42,7 +42,7 @@ class _Float:
 
 
 class Floats:
-    """Which floats of one compiled model are made constants.
+    """The floats of one compiled model to make constants.
 
     Args:
         region: notified of the number of compilations.
@@ -57,10 +57,10 @@ class Floats:
         self._wanted: set[str] = set()
 
     def meet(self, gm: fx.GraphModule) -> bool:
-        """Takes note of the inputs of a graph that is about to be compiled.
+        """Records the inputs of a graph that is about to be compiled.
 
         Returns:
-            Whether `choose` could ask for some. What a cache has of the graph as it is then won't do.
+            Whether `choose` could ask for some. Then a cached version of the graph must not be used.
         """
         compile_id = CompileContext.current_compile_id()
         if compile_id != self._frame:
@@ -81,7 +81,7 @@ class Floats:
         """
         inputs = canonical.original.find_nodes(op="placeholder")
         if not canonical.dynamic_epsilons or len(inputs) != len(self._inputs):
-            return  # AOTAutograd took inputs away, or added some, and which is which isn't known
+            return  # AOTAutograd removed or added inputs, so they can't be told apart
         found = [self._inputs[inputs.index(node)] for node in canonical.dynamic_epsilons]
         chosen = [each for each in found if each is not None and self._may_ask(each)]
         if chosen:
@@ -109,7 +109,9 @@ class Floats:
         raise TensorifyScalarRestartAnalysis
 
     def settle(self) -> frozenset[str]:
-        """Takes back what Dynamo was asked for, which would hold for other frames, too: the symbols, for `constant`."""
+        """Withdraws the request to Dynamo, which would affect other frames, too; returns the symbols, for
+        `constant`.
+        """
         asked, self._asked = frozenset(self._asked), set()
         _take_back(asked)
         return asked
@@ -117,7 +119,7 @@ class Floats:
 
 @contextmanager
 def constant(symbols: frozenset[str]) -> Iterator[None]:
-    """While a graph is compiled once more, its constants are those of its first time."""
+    """Makes a graph's floats constants again while it is compiled once more."""
     if symbols:
         from torch._dynamo.symbolic_convert import TensorifyState
 
@@ -137,7 +139,7 @@ def _take_back(symbols: frozenset[str]) -> None:
 
 
 def _float_of(node: fx.Node, frame: object) -> _Float | None:
-    """What an input of Dynamo's graph is, if it is a float: a tensor, of which the graph takes the item."""
+    """An input of Dynamo's graph as a float, if it is one: a tensor that the graph calls `item` on."""
     for item in node.users:
         value: Any = item.meta.get("example_value")
         if item.target == "item" and isinstance(value, torch.SymFloat) and value.node.hint is not None:

@@ -1,4 +1,4 @@
-"""Where a graph is: one that is all in the CPU's memory has no use for a GPU's kernels and prices."""
+"""The device of a graph: one that is entirely in the CPU's memory has no use for a GPU's kernels and prices."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,7 +15,7 @@ from fuseplan.verification import Verifier
 
 
 def is_beside_a_gpu(graph: fx.Graph, device: DeviceProfile | None) -> bool:
-    """Whether a graph that is planned for this machine, which has a GPU, is all in the CPU's memory."""
+    """Whether a graph that is planned for this machine, which has a GPU, is entirely in the CPU's memory."""
     return device is None and local_vendor() != "cpu" and is_on_cpu(graph)
 
 
@@ -26,7 +26,7 @@ def parts_for_the_cpu(
     enabled_on: Callable[..., EnabledRules],
     verifier_of: Callable[..., Verifier],
 ) -> dict[str, object]:
-    """What a manager has instead for graphs of the CPU, by attribute. A cost table that was asked for is of the GPU."""
+    """A manager's attributes for graphs of the CPU, by name. A configured cost table is the GPU's."""
     serving = tuple(each for each in providers if "cpu" in each.vendors)
     modelled, enabled = replace(config, costs="modelled", cost_table=None), enabled_on(device="cpu")
     return {

@@ -1,4 +1,4 @@
-"""Inductor's hook for custom passes, in which the pass manager stands: what stood there before."""
+"""Inductor's hook for custom passes, which the pass manager takes: the passes that it had before."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -11,11 +11,11 @@ HOOK = "post_grad_custom_post_pass"
 
 
 def standing(options: Mapping[str, Any]) -> list[Any]:
-    """The custom passes that stand in the hook: of Inductor's options or, without such, of its configuration.
+    """The custom passes in the hook: of Inductor's options or, without such, of its configuration.
 
-    Where torch scopes custom passes (`custom_pass_context`, as pytorch #184019 proposes it), an object of its own
-    stands there for those of the surrounding contexts. It isn't among them: torch runs it beside those of the options,
-    and called by one of these it would call that again.
+    Where torch scopes custom passes (`custom_pass_context`, as pytorch #184019 proposes it), the hook has an object of
+    torch's for those of the surrounding contexts. It is left out: torch runs it beside the options' passes, and if one
+    of these called it, it would call that again.
     """
     given = options.get(HOOK, getattr(inductor_config, HOOK))
     passes = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
@@ -23,8 +23,8 @@ def standing(options: Mapping[str, Any]) -> list[Any]:
 
 
 def emptied() -> AbstractContextManager[None]:
-    """Nothing stands in Inductor's configuration but what the options bring. What stood there is chained, and where
-    torch scopes custom passes it raises if something does.
+    """Empties the hook in Inductor's configuration, so that only the options set it. Its former passes are chained, and
+    where torch scopes custom passes it raises if the hook isn't empty.
     """
     empty: AbstractContextManager[None] = inductor_config.patch(post_grad_custom_post_pass=None)
     return empty

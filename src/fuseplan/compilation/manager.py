@@ -81,21 +81,20 @@ class PostGradPassManager(Keyed):
         compile_range: the numbers of tokens that the graphs serve; None where they aren't limited.
         on_report: called with a `Report` for every graph that is compiled; a warm compile cache skips the pass, and
             with it this call.
-        previous: a custom pass, or several, that stood in Inductor's hook; it runs first, as it would without fuseplan.
+        previous: custom passes that were in Inductor's hook; they run first, as they would without fuseplan.
         rules: the fusions.
         providers: those that can run fused ops.
-        device: a profile whose providers are taken as present; None: those of this machine.
+        device: a profile whose providers are assumed present; None: this machine's.
         environment: None reads it now.
         prices: of fusions; None: the model of the device, and the cost table that configuration or environment
             name.
-        solver: what solved the problems of other graphs, within the same budget, whose components may
-            be in this one's; None: a new one.
-        passes: other people's passes: `PatternMatcherPass` objects, unmodified, or `ExternalPass`es that say what a
-            match is worth, join the plan under `planned`; functions of a graph, and passes that are chained to others,
-            run before or after the plan, where they stand.
-        engine_groups: tells what an engine calls its groups, and the names of the process groups behind them; asked at
-            each graph, since groups come after managers.
-        settles: whether ranks settle before each graph's first run, and verify together what none of them can alone.
+        solver: a solver, with the same budget, that may have solved equal components of other graphs; None: a new one.
+        passes: other people's passes: `PatternMatcherPass` objects, unmodified, or `ExternalPass`es with the saving of
+            a match, join the plan under `planned`; functions of a graph, and passes that are chained to others, run
+            before or after the plan, in their order.
+        engine_groups: returns an engine's identifiers of groups, with the names of the process groups behind them;
+            called for each graph, since groups are made after managers.
+        settles: whether ranks settle before each graph's first run, and verify collective kernels together.
 
     Raises:
         ConfigError: flags and policy contradict each other, the environment is malformed, or a cost table is broken.
@@ -171,7 +170,7 @@ class PostGradPassManager(Keyed):
         home.deliver(self._regions.with_calls(graph, replace(report, groups=groups)))
 
     def _at_home(self, graph: fx.Graph) -> "PostGradPassManager":
-        """Who plans a graph: itself, or itself with what it has for graphs of the CPU."""
+        """The manager for a graph: itself, or a copy with the attributes for graphs of the CPU."""
         if not is_beside_a_gpu(graph, self.device):
             return self
         home = copy.copy(self)
@@ -198,7 +197,7 @@ class PostGradPassManager(Keyed):
     def _change(
         self, graph: fx.Graph, name: str, analysis: Analysis, dump: DebugDump, known: Theirs = ((), ())
     ) -> GraphReport:
-        """Decides, and applies what was decided, all of it or nothing; `known` is of passes that have run before it."""
+        """Decides, and applies the decision, all of it or nothing; `known` is from passes that have run before it."""
         analysis, decision, verified = self.decide_verified(analysis, name)
         verified[:0] = known[0]
         dump.analysis(analysis.canonical, analysis.rules, analysis.matches, analysis.problem, decision)
@@ -223,7 +222,7 @@ class PostGradPassManager(Keyed):
 
     @uncollected()
     def analyze(self, graph: fx.Graph, canonical: CanonicalGraph | None = None) -> Analysis:
-        """Raises a copy of the graph, finds every match on it and what nearly matched, and prices the matches.
+        """Raises a copy of the graph, finds every match and near miss on it, and prices the matches.
 
         Args:
             graph: as Inductor made it.
@@ -246,7 +245,7 @@ class PostGradPassManager(Keyed):
             matches = self._find_matches(canonical, rules, rows, external.candidates)
         with stage(stages, "near misses"):
             near_misses = find_near_misses(canonical, self.rules, matches)
-            # Nobody asked for those that are on by default in such graphs, nor why they aren't somewhere in them.
+            # Nobody asked for rules that are on by default in such graphs, nor why they don't match.
             asked = tuple(miss for miss in matches.misses if miss.refusal.rule not in rules.keys() - self.rules.keys())
             matches = replace(matches, misses=asked)
             if off := self.enabled.disabled:
@@ -306,11 +305,11 @@ class PostGradPassManager(Keyed):
     def decide_verified(
         self, analysis: Analysis, graph: str
     ) -> tuple[Analysis, Decision, list[Verification | Pending]]:
-        """What the configured policy would apply, all of it verified or left to all ranks: what fails, or can't be
-        packaged, is taken out of the problem, and the rest is decided again.
+        """The configured policy's choice, all of it verified or left to all ranks: fusions that fail, or can't be
+        packaged, are removed from the problem, and the rest is decided again.
 
         Returns:
-            The analysis without what failed, the decision, and what came of verifying it.
+            The analysis without failed fusions, the decision, and the outcomes of verification.
 
         Raises:
             PlanError: as for `decide`.
@@ -362,7 +361,7 @@ class PostGradPassManager(Keyed):
 
     @cached_property
     def identity(self) -> Identity:
-        """Whatever can change what this pass does."""
+        """Everything that can change the results of this pass."""
         passes = (*map(pass_content, self.previous), *map(pass_content, self.passes))
         known: Known = {}
         rules = (rule_content(rule, known) for rule in self.enabled.every)
@@ -384,7 +383,7 @@ class PostGradPassManager(Keyed):
         return (self.compile_range.start, self.compile_range.end) if self.compile_range else None
 
     def deliver(self, graphs: Sequence[GraphReport]) -> None:
-        """Shows a report of graphs to whoever listens."""
+        """Delivers a report of graphs to the callback and the trace."""
         report = report_of(self.config.chosen_policy, self.config, self.names, graphs)
         publish(report)
         if self.on_report is not None:
@@ -393,7 +392,7 @@ class PostGradPassManager(Keyed):
 
 @contextmanager
 def _places_folded() -> Iterator[None]:
-    """Contradictions of forced fusions are reported with their places as in reports."""
+    """Raises contradictions of forced fusions with their places folded as in reports."""
     try:
         yield
     except ContradictionError as error:

@@ -1,8 +1,9 @@
-"""Whose entries in Dynamo's caches are whose.
+"""Regions: which entries in Dynamo's caches belong to which backends.
 
-Dynamo compiles a code object at most `recompile_limit` (eight) times and runs it uncompiled afterwards, whoever asked
-for the entries. Compile ranges, several callbacks for reports, and norms whose epsilon is made a constant make more
-entries than the user's model needs. So equal backends share a region, and each region has the limit to itself.
+Dynamo compiles a code object at most `recompile_limit` (eight) times and runs it uncompiled afterwards, no matter which
+backend caused the entries. Compile ranges, several callbacks for reports, and norms whose epsilon is made a constant
+make more entries than the user's model needs. So equal backends share a region, and each region has the limit to
+itself.
 """
 
 import functools
@@ -18,8 +19,9 @@ from torch._dynamo import config as dynamo_config
 
 ISOLATE = "isolate_recompiles"
 ISOLATED = "_isolate_recompiles_id"
-"""How torch 2.13 and newer keep entries apart: an argument of `torch.compile`, and what becomes of it. Older releases
-count all entries of a code object together, and get a higher limit instead."""
+"""How torch 2.13 and newer keep entries apart: an argument of `torch.compile`, and the attribute that it sets. Older
+releases count all entries of a code object together, and get a higher limit instead.
+"""
 
 
 class Region:
@@ -34,7 +36,7 @@ class Region:
         self._id: int | None = None
 
     def compile(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[..., Any]:
-        """`torch.compile(function, **arguments)`, whose entries are those of this region.
+        """`torch.compile(function, **arguments)`, with its entries in this region.
 
         Args:
             function: a function, bound method or module.
@@ -56,7 +58,7 @@ class Region:
         limit = dynamo_config.recompile_limit * (1 if separate else regions)
         return {
             "recompile_limit": limit + self.further,
-            # It counts every region, in every release.
+            # This limit counts every region, in every release.
             "accumulated_recompile_limit": dynamo_config.accumulated_recompile_limit * regions + self.further,
         }
 
@@ -82,7 +84,7 @@ class _Callback:
 
 
 def _context_of(compiled: Any) -> Any:
-    """The context of Dynamo's behind a compiled function, or a module; None where nothing was compiled."""
+    """Dynamo's context behind a compiled function or module; None where nothing was compiled."""
     if isinstance(compiled, torch._dynamo.OptimizedModule):
         return compiled.dynamo_ctx
     if not inspect.isfunction(compiled) or not hasattr(compiled, "get_compiler_config"):
@@ -91,7 +93,7 @@ def _context_of(compiled: Any) -> Any:
 
 
 def values_of(options: Mapping[str, object]) -> Hashable:
-    """Equal for equal options; functions and other objects among them count as `identity_of` has them."""
+    """Equal for equal options; functions and other objects among them count by `identity_of`."""
     return frozenset((name, identity_of(value)) for name, value in options.items())
 
 
@@ -123,7 +125,7 @@ def _content(cell: types.CellType) -> object:
 
 @dataclass(frozen=True, eq=False)
 class _Same:
-    """An object as its identity. It is kept alive, so that no other one gets its number meanwhile."""
+    """An object by identity. It is kept alive, so that no other object gets its id."""
 
     value: object
 

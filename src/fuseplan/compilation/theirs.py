@@ -9,16 +9,16 @@ from fuseplan.record import Reason, Refusal, Verification
 from fuseplan.verification import Verifier
 
 Theirs = tuple[Sequence[Verification], Sequence[Refusal]]
-"""(what was verified, what failed)"""
+"""(outcomes of verification, refusals of failed passes)"""
 
 
 def run_theirs(passes: Sequence[GraphPass], graph: fx.Graph, verifier: Verifier, span: tuple[int, int]) -> Theirs:
-    """Runs passes on a graph, but for those of replacements of which one fails verification.
+    """Runs passes on a graph, but for replacement passes with a match that fails verification.
 
     Args:
         passes: in their order.
         graph: changed in place.
-        verifier: what verifies their matches.
+        verifier: verifies their matches.
         span: first and last number of tokens.
     """
     verified, refusals = list[Verification](), list[Refusal]()
@@ -28,7 +28,7 @@ def run_theirs(passes: Sequence[GraphPass], graph: fx.Graph, verifier: Verifier,
             verified += found
             failed = next((each for each in found if not each.passed), None)
             if failed is not None:
-                detail = f"{name} is not applied: what pass {name} puts in {failed.failure}"
+                detail = f"{name} is not applied: the replacement of pass {name} {failed.failure}"
                 mend = "correct the pass, or leave it out"
                 refusals.append(Refusal(reason=Reason.VERIFICATION, rule=name, detail=detail, mend=mend))
                 continue

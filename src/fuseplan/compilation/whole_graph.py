@@ -1,4 +1,4 @@
-"""Why a graph is left unfused as a whole, and what one needs where it runs."""
+"""Why a graph is left unfused as a whole, and what a package needs where it runs."""
 
 import traceback
 from collections.abc import Iterable
@@ -53,7 +53,7 @@ when it loaded any package, also one without fuseplan.
 
 
 def lost_in_package(analysis: Analysis, chosen: Iterable[int]) -> dict[int, str]:
-    """Of the chosen candidates those whose ops a package of AOTInductor can't be trusted to call, and why."""
+    """The chosen candidates whose ops an AOTInductor package can't be trusted to call, and why."""
     if not V.aot_compilation:
         return {}
     if not is_on_cpu(analysis.canonical.graph):
@@ -74,8 +74,8 @@ _PROVIDERS: Final = (*BUILT_IN_PROVIDERS, *ENGINE_PROVIDERS)
 
 
 def needed_by_package(problem: Problem, decision: Decision) -> list[Refusal]:
-    """That a package of AOTInductor calls fuseplan's ops, by their names, and whose; kernels that are inlined leave
-    none.
+    """The note that an AOTInductor package calls fuseplan's ops, with rules and providers; inlined kernels leave no op
+    to call.
     """
     if not V.aot_compilation:
         return []
@@ -85,7 +85,7 @@ def needed_by_package(problem: Problem, decision: Decision) -> list[Refusal]:
         return []
     users = sorted({f"rule {name}" for name in rules} - {f"rule {rule.name}" for rule in BUILT_IN_RULES})
     users += sorted({f"provider {each.provider}" for each in called} - {f"provider {each.name}" for each in _PROVIDERS})
-    further = f" and after importing what defines {' and '.join(users)}" if users else ""
+    further = f" and after importing the definition of {' and '.join(users)}" if users else ""
     detail = (
         f"the package calls fuseplan's ops ({', '.join(rules)}): load it in Python, after `import fuseplan.providers`"
         f"{further}"
@@ -94,8 +94,8 @@ def needed_by_package(problem: Problem, decision: Decision) -> list[Refusal]:
 
 
 def fault(error: Exception) -> Refusal:
-    """Why a graph is left as Inductor made it: an unexpected error, and where it comes from: of torch's own functions,
-    who called them.
+    """The refusal of a graph because of an unexpected error, with the place that raised it: for torch's own functions,
+    their caller.
     """
     frames, torchs = traceback.extract_tb(error.__traceback__), Path(torch.__file__).parent
     frame = next((each for each in reversed(frames) if torchs not in Path(each.filename).parents), frames[-1])

@@ -1,4 +1,4 @@
-"""The devices that fuseplan knows, a file a vendor: what torch calls them, and the constants of the cost model."""
+"""The devices that fuseplan knows, a file a vendor: torch's names of them, and the constants of the cost model."""
 
 from fuseplan.devices.hardware import (
     EXCHANGES,

@@ -1,5 +1,5 @@
-"""AMD's GPUs: what torch calls them, and the constants of each with their sources. None of them was measured for
-fuseplan: what AITER's kernels take is fitted on published tables, and the rest follows from H200 and datasheets.
+"""AMD's GPUs: torch's names of them, and the constants of each with their sources. None of them was measured for
+fuseplan: times of AITER's kernels are fitted on published tables, and the rest follows from H200 and datasheets.
 """
 
 from collections.abc import Mapping

@@ -8,7 +8,7 @@ from fuseplan.devices.hardware import Attention, Constant, Hardware, Linear, Pee
 
 H100_COPY: Final = "benchmarks/data/h100-add-rms-pad.json, H100, 2026-11-22: copies at 3002 GB/s"
 COPIED: Final = 3002 / 3350
-"""Of the memory's bandwidth on paper, what a copy moves on H100."""
+"""The share of the memory's bandwidth on paper that a copy reaches on H100."""
 PLAIN: Final = ("launch", "generated_norm", "cache", "cache_bandwidth", "memory_bandwidth", "strided_copy")
 """The constants that every device has, its links and libraries aside."""
 
@@ -42,7 +42,7 @@ def operations(value: float, source: str) -> Constant:
 
 
 def like(whose: str, why: str) -> Like:
-    """Another device's constant as it is; its source says whose, and why."""
+    """Another device's constant, unchanged; its source says whose, and why."""
     return lambda constant: replace(constant, source=f"{whose}'s, {why}")
 
 
@@ -59,8 +59,8 @@ def derived(base: T, change: Like, **others: Like | None) -> T:
 
     Args:
         base: the other device's.
-        change: what becomes of its constants.
-        others: the same of some of them, by name; None: no other than `change`.
+        change: applied to its constants.
+        others: applied to some of them instead, by name; None: `change`.
     """
     constants = ((each.name, getattr(base, each.name)) for each in fields(base))
     changed: dict[str, Any] = {
@@ -70,12 +70,12 @@ def derived(base: T, change: Like, **others: Like | None) -> T:
 
 
 def renamed(hardware: Hardware, name: str, source: str, memory: float) -> Hardware:
-    """Another device's constants, each with its source, and a memory bandwidth of one's own.
+    """Another device's constants, each with its source, and a memory bandwidth of its own.
 
     Args:
         hardware: the other device's.
         name: of this one.
-        source: the document that says how they are alike.
+        source: the document that says what the two share.
         memory: GB/s on paper.
     """
 
@@ -89,7 +89,7 @@ def renamed(hardware: Hardware, name: str, source: str, memory: float) -> Hardwa
 
 
 def exchanges(base: Hardware, change: Like) -> dict[str, Any]:
-    """All that crosses ranks on another device, by the field."""
+    """The constants of exchanges between ranks on another device, by field."""
     aiter = base.aiter
     return {
         "library": tuple(derived(each, change) for each in base.library),

@@ -11,8 +11,8 @@ SIDES: Final = {
     **dict.fromkeys(EXCHANGES, "ranks"), "attention": "any attention", "split": "any attention",
     "linear": "any linear layer", "skinny": "any linear layer",
 }  # fmt: skip
-"""By the first word of a kind, what it has an error in common with: of a difference of two such kernels it cancels, as
-far as they take as long.
+"""The common source of error of a kind, by its first word: it cancels in the difference of two such kernels, as far as
+they take equally long.
 """
 _TRITON = (0.089, 0.094, 0.121, 0.099)
 _ROWS: Final[Mapping[str, tuple[float, float, float, float]]] = {
@@ -33,24 +33,25 @@ _ROWS: Final[Mapping[str, tuple[float, float, float, float]]] = {
     "split": (0.177, 0.101, 0.163, 0.061),
     "triton": _TRITON,
 }
-"""By the source, standard deviations as shares of what the model says: of times that don't depend on the bytes, less
-and more, and of those that do, less and more. From `benchmarks/results/leave_one_out.json`, of H100 and H200,
-2026-11-29.
+"""By the source, standard deviations as shares of the modelled time: of times that don't depend on the bytes, less and
+more, and of those that do, less and more. From `benchmarks/results/leave_one_out.json`, of H100 and H200, 2026-11-29.
 """
 _GUESSED: Final = {"flashinfer": tuple(2 * each for each in _TRITON), "aiter": _TRITON}
-"""Of exchanges without rows of their own beside the same site unfused: FlashInfer's twice as far off as fuseplan's."""
+"""Errors of exchanges without measured rows beside the same site unfused: FlashInfer's are taken to be twice
+fuseplan's.
+"""
 COMMON: Final = frozenset(SIDES.values())
 UNMEASURED: Final = 1.5
-"""Times as far off as on H100 and H200 the model is taken to be on other devices. Of rows of
-`benchmarks/data/fusions-published.json`, which nothing is fitted on, 59 of 60 times and 27 of 30 savings on MI300X lie
-in their intervals then, and 5 of 6 times on B300.
+"""The factor of errors on other devices over those on H100 and H200. With it, of the rows of
+`benchmarks/data/fusions-published.json`, which no fit uses, 59 of 60 times and 27 of 30 savings on MI300X lie in their
+intervals, and 5 of 6 times on B300.
 """
 
 
 @functools.lru_cache(maxsize=256)
 def sources_of(kind: str) -> tuple[tuple[str, str], ...]:
-    """What errors of a kernel of a kind come from: the kind's own, and what it has in common with others; each of a
-    time that doesn't depend on the bytes, and of one that does.
+    """The sources of error of a kind of kernels: the kind's own and the common one; each for times that don't depend on
+    the bytes, and for those that do.
     """
     return tuple((f"{source}, fixed", f"{source}, moved") for source in (kind, SIDES[kind.partition(" ")[0]]))
 
@@ -62,8 +63,8 @@ def _named(rows: Mapping[str, tuple[float, ...]]) -> Iterator[tuple[str, Error]]
 
 
 def wider(errors: Mapping[str, Error], times: float = UNMEASURED) -> dict[str, Error]:
-    """Errors of a device that wasn't measured. What kernels have in common isn't wider on the side of shorter times: it
-    would be more than all of a time, and doesn't tell which of two is the longer.
+    """Errors of a device that wasn't measured. Common errors aren't wider on the side of shorter times: they would
+    exceed the whole time, and don't decide which of two kernels takes longer.
     """
     return {
         name: Error(less=each.less if name.partition(",")[0] in COMMON else times * each.less, more=times * each.more)
@@ -72,6 +73,6 @@ def wider(errors: Mapping[str, Error], times: float = UNMEASURED) -> dict[str, E
 
 
 HOPPER_ERRORS: Final[Mapping[str, Error]] = dict(_named({**_ROWS, **_GUESSED, "eager": (0.2, 0.5, 0.2, 0.5)}))
-"""Of H100 and H200. References op by op are guessed: none is close."""
+"""The errors of H100 and H200. Those of references op by op are guessed, and large."""
 UNMEASURED_ERRORS: Final[Mapping[str, Error]] = wider(HOPPER_ERRORS)
-"""Of all other devices."""
+"""The errors of all other devices."""

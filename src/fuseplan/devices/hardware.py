@@ -1,4 +1,4 @@
-"""What the cost model knows of a device: constants, each with its unit and where it comes from."""
+"""The cost model's constants of a device, each with its unit and its source."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -9,20 +9,20 @@ Vendor = Literal["nvidia", "amd", "cpu"]
 EXCHANGES: Final = ("triton", "flashinfer", "aiter")
 """The fields of `Hardware` that say how kernels exchange rows with other ranks."""
 GENERATED: Final = "generated"
-"""The kind of what Inductor generates."""
+"""The kind of kernels that Inductor generates."""
 FUSED: Final = "fused"
 """The kind of a fused op that stays on one device."""
 KINDS: Final = (
     GENERATED, f"{GENERATED} quant", f"{GENERATED} rotary", FUSED, f"{FUSED} quant", f"{FUSED} rotary", "reduce",
     *EXCHANGES, "attention", "split", "linear", "skinny", "eager",
 )  # fmt: skip
-"""The kinds of kernels that the model is more or less far off for: Inductor's and fused ops on one device, each by what
-else they do, all-reduces that aren't fused, fused ones by how they exchange rows, torch's attention and fuseplan's,
-torch's linear layers and fuseplan's, and references op by op.
+"""The kinds of kernels, which differ in the model's error: Inductor's and fused ops on one device, each by their
+further work, unfused all-reduces, fused ones by how they exchange rows, torch's attention and fuseplan's, torch's
+linear layers and fuseplan's, and references op by op.
 """
 TORCH: Final = "torch"
-"""The reducer of an all-reduce of torch.distributed: its library chooses the algorithm. Other reducers are an engine,
-which chooses by size and number of ranks, and an op of torch that says the algorithm, such as `ONE_SHOT`.
+"""The reducer of an all-reduce of torch.distributed: its library chooses the algorithm. Other reducers are engines,
+which choose by size and number of ranks, and ops of torch that name the algorithm, such as `ONE_SHOT`.
 """
 ONE_SHOT: Final = "symm_mem one-shot"
 """The reducer `torch.ops.symm_mem.one_shot_all_reduce`."""
@@ -35,7 +35,7 @@ class Constant:
     Attributes:
         value: in `unit`.
         unit: `ns`, `GB/s` (1e9 bytes a second, which is bytes a nanosecond), `GFLOP/s`, `bytes` or `times`.
-        source: the datasheet, measurement or publication it was read from, or what it was derived from.
+        source: the datasheet, measurement or publication that it comes from, or its derivation.
     """
 
     value: float
@@ -45,7 +45,7 @@ class Constant:
 
 @dataclass(frozen=True, kw_only=True)
 class Error:
-    """How far the model is off: standard deviations, as shares of what it says.
+    """The model's error: standard deviations, as shares of the modelled time.
 
     Attributes:
         less: of times that are shorter.
@@ -72,7 +72,7 @@ class Protocol:
         name: the library's, with the algorithm and the protocol, e.g. `NCCL ring LL`.
         algorithm: the row of the table.
         latency: of an empty all-reduce of two ranks, its launch included.
-        step: what each step beyond the first two adds.
+        step: the time of each step beyond the first two.
         bandwidth: of a rank's link, in one direction, as achieved.
     """
 
@@ -87,12 +87,12 @@ class Protocol:
         return self.algorithm != "nvls" or ranks > 2
 
     def latency_ns(self, ranks: int) -> float:
-        """Of an empty all-reduce."""
+        """The time of an empty all-reduce."""
         steps = ranks if self.algorithm == "nvls" else 2 * (ranks - 1)
         return self.latency.value + (steps - 2) * self.step.value
 
     def wire_ns(self, nbytes: float, ranks: int) -> float:
-        """What the bytes take beyond that."""
+        """The further time of the bytes."""
         crossing = {"ring": 2 * (ranks - 1) / ranks, "tree": 2.0, "nvls": (ranks + 1) / ranks}[self.algorithm]
         return crossing * nbytes / self.bandwidth.value
 
@@ -107,15 +107,15 @@ class Shots:
     |------------|-------------|-|
     | `one-shot` | N - 1       | every rank reads all rows of all others |
     | `two-shot` | 2 (N - 1)/N | every rank reduces its share, and hands the result on |
-    | `multimem` | (N + 1)/N   | the switch adds a share for each rank, and hands out what it writes |
+    | `multimem` | (N + 1)/N   | the switch adds a share for each rank, and hands out its result |
 
     Attributes:
         name: its owner's and the algorithm's, e.g. `vLLM custom two-shot`.
         algorithm: the row of the table.
         latency: of an empty one of two ranks: its launch, and waiting for the other rank.
-        step: what waiting for twice as many ranks adds.
+        step: the extra wait for twice as many ranks.
         bandwidth: of all of a rank's links in one direction, as achieved.
-        peer: of what a kernel has under way with one other rank.
+        peer: bandwidth that a kernel reaches with one other rank, limited by its bytes in flight.
         copies: how many kernels beside it copy rows into a buffer that others can read, and out of it.
     """
 
@@ -128,22 +128,22 @@ class Shots:
     copies: int = 0
 
     def latency_ns(self, ranks: int) -> float:
-        """Of an empty all-reduce, without copies."""
+        """The time of an empty all-reduce, without copies."""
         return self.latency.value + math.log2(ranks / 2) * self.step.value
 
     def wire_ns(self, nbytes: float, ranks: int) -> float:
-        """What the bytes take beyond that."""
+        """The further time of the bytes."""
         crossing = {"one-shot": ranks - 1, "two-shot": 2 * (ranks - 1) / ranks, "multimem": (ranks + 1) / ranks}
         return crossing[self.algorithm] * nbytes / min(self.bandwidth.value, (ranks - 1) * self.peer.value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What an engine's all-reduce calls for some sizes.
+    """One kernel of an engine's all-reduce, with its sizes.
 
     Attributes:
         kernel: one of the device's `Shots`, by name.
-        below: by the number of ranks that it serves, the size in bytes from which on it doesn't.
+        below: by the number of ranks, the size in bytes from which on it isn't called.
     """
 
     kernel: str
@@ -156,12 +156,12 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Dispatch:
-    """What an engine's all-reduce calls, by size and number of ranks: the first choice that takes them, or else the
+    """The kernels of an engine's all-reduce, by size and number of ranks: the first choice that takes them, or else the
     library.
 
     Attributes:
-        source: which version of which code.
-        choices: in the order in which they are asked.
+        source: the code, with its version.
+        choices: in the order in which they are tried.
     """
 
     source: str
@@ -173,13 +173,13 @@ class Peers:
     """How a kernel of one launch exchanges rows with the other ranks.
 
     Attributes:
-        signal: what waiting for the other rank of two costs: a barrier, or Lamport's spinning on the data.
-        second: the same of the second wait of two shots.
-        step: what waiting for twice as many ranks adds, once however often the kernel waits.
+        signal: the wait for the other rank of two: a barrier, or Lamport's spinning on the data.
+        second: the second wait of two shots.
+        step: the extra wait for twice as many ranks, once however often the kernel waits.
         bandwidth: of one link in one direction, as achieved by loads and stores of a kernel.
         mesh: whether each pair of ranks has a link of its own, as on AMD's boards, or one switched link is shared.
         stages: whether a rank first copies its rows to a buffer that the others can read.
-        buffered: how often what it is sent goes through a rank's memory: as it comes, as it is read, as it is cleared.
+        buffered: how often received data goes through a rank's memory: when it arrives, is read, and is cleared.
     """
 
     signal: Constant
@@ -196,10 +196,11 @@ class Gate:
     """When a library takes its one-stage kernel; elsewhere it takes two stages.
 
     Attributes:
-        source: which version of which code.
+        source: the code, with its version.
         max_tokens: rows above which it doesn't.
         widths: row widths it does so for, None for every width.
-        max_bytes: by the largest number of ranks it holds for, the size from which on it doesn't; None is no limit.
+        max_bytes: by the largest number of ranks that it applies to, the size from which on it doesn't; None is no
+            limit.
     """
 
     source: str
@@ -225,7 +226,7 @@ class Aiter:
         peers: its kernels' exchange.
         plain: its gate of the all-reduce alone.
         fused: its gate of the all-reduce fused with a norm.
-        norm: what its fused norm kernels without an all-reduce take beyond a launch.
+        norm: the time of its fused norm kernels without an all-reduce beyond a launch.
     """
 
     peers: Peers
@@ -239,16 +240,16 @@ class Attention:
     """Attention kernels: torch's, and fuseplan's own.
 
     Attributes:
-        latency: of one with next to nothing to read, its launch included.
-        split: the same of fuseplan's kernel that splits the keys, and of the one that puts the parts together.
-        key: what each key adds for a query token whose keys aren't split among programs.
+        latency: of a kernel with next to nothing to read, its launch included.
+        split: the latency of fuseplan's kernel that splits the keys, with that of the kernel that combines the parts.
+        key: the extra time of each key for a query token whose keys aren't split among programs.
         rate: of operations where several queries share the keys that a program reads.
-        row_rate: of operations in float32 where one query has them for itself.
+        row_rate: of operations in float32 where one query has the keys to itself.
         narrow_row_rate: the same in bfloat16 and float16.
-        product_rate: of operations in float32 of the products of matrices that a model spells attention out by.
+        product_rate: of operations in float32 of the matrix products in attention that a model spells out.
         narrow_product_rate: the same in bfloat16 and float16.
-        joins_row: whether Inductor makes one kernel of a single query's products, of what is between them and of the
-            copies of heads.
+        joins_row: whether Inductor makes one kernel of a single query's products, the ops between them and the copies
+            of heads.
     """
 
     latency: Constant
@@ -267,13 +268,14 @@ class Linear:
     """Linear layers of few rows, which wait for their weights.
 
     Attributes:
-        library: what torch's product takes beside reading them, its launch and further kernels included.
-        skinny: the same of fuseplan's kernel.
-        idle: how many times as long that reads weights for over 16 rows where half of the processors have no tile.
-        idle_few: the same for up to 16 rows, of which tiles are smaller.
-        scaled_library: what torch's product of codes in fp8 with scales of rows takes beside going through the width.
-        scaled_column: what each column of the width takes it at least, however few features there are.
-        scaled: what fuseplan's kernel of such layers takes beside reading the weights.
+        library: the time of torch's product beside reading the weights, its launch and further kernels included.
+        skinny: the same for fuseplan's kernel.
+        idle: how many times as long that kernel reads weights for over 16 rows where half of the processors have no
+            tile.
+        idle_few: the same for up to 16 rows, whose tiles are smaller.
+        scaled_library: the time of torch's product of fp8 codes with scales of rows beside that of the columns.
+        scaled_column: the least time of each column of the width, however few features there are.
+        scaled: the time of fuseplan's kernel for such layers beside reading the weights.
     """
 
     library: Constant
@@ -290,23 +292,23 @@ class Hardware:
     """One kind of device, with its usual links and libraries, as the cost model sees it.
 
     Attributes:
-        name: a device profile's.
-        vendor: likewise.
-        launch: a kernel with next to nothing to do, from its predecessor's end to its own, inside a CUDA graph.
-        generated_norm: what a row reduction that Inductor generates takes beyond a launch.
+        name: the device profile's.
+        vendor: the device profile's.
+        launch: the time of a kernel with next to no work, from its predecessor's end to its own, inside a CUDA graph.
+        generated_norm: the time of a row reduction that Inductor generates beyond a launch.
         cache: bytes that stay in the last-level cache between two kernels.
         cache_bandwidth: of traffic within the cache.
         memory_bandwidth: of traffic beyond it.
         strided_copy: of eager `copy_` into a narrowed tensor, the second half of eager `F.pad`.
         attention: attention kernels.
         linear: linear layers of few rows.
-        library: the all-reduces of torch.distributed, of which the fastest is taken. Empty where AITER replaces them.
+        library: the all-reduces of torch.distributed; the fastest one counts. Empty where AITER replaces them.
         shots: all-reduces of engines, and torch's over symmetric memory.
-        engines: which all-reduce an engine calls, by the engine's name.
+        engines: the all-reduce that an engine calls, by the engine's name.
         triton: the exchange of Triton kernels over symmetric memory, None where there is no Triton.
         flashinfer: FlashInfer's exchange, None off NVIDIA.
         aiter: AITER's, None off AMD.
-        errors: how far the model is off, by what the error comes from; see `devices.errors`. What isn't there is exact.
+        errors: the model's errors, by source; see `devices.errors`. Missing sources are exact.
     """
 
     name: str
@@ -332,7 +334,7 @@ class Hardware:
         yield from _constants("", self)
 
     def exchange(self, name: str) -> "Peers | Aiter | None":
-        """The constants by which kernels exchange rows with other ranks, by the field; None: the device has none."""
+        """The constants for exchanging rows with other ranks, by field; None: the device has none."""
         assert name in EXCHANGES, name
         found: Peers | Aiter | None = getattr(self, name)
         return found
@@ -340,7 +342,7 @@ class Hardware:
     def memory_ns(self, nbytes: float) -> float:
         """nbytes through cache or memory: all of it through the cache while it fits, nothing from twice its size on.
 
-        A stream larger than a cache that evicts what was used longest ago pushes out what it is about to read.
+        A stream larger than a cache with LRU eviction evicts the lines that it is about to read.
         """
         cached = max(0.0, min(nbytes, 2 * self.cache.value - nbytes))
         return cached / self.cache_bandwidth.value + (nbytes - cached) / self.memory_bandwidth.value

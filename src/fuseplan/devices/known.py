@@ -1,4 +1,4 @@
-"""Every device that has a profile, and which of them is here."""
+"""Every device that has a profile, and the profile of this machine's."""
 
 import re
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ HARDWARE: Final[Mapping[str, Hardware]] = {
 
 
 def device_profile(name: str) -> DeviceProfile:
-    """The profile of that name, or of this machine's device where it is called so.
+    """The profile of that name, or of this machine's device if that is its name.
 
     Raises:
         ConfigError: there is none; the text names the near spelling.
@@ -34,13 +34,13 @@ def device_profile(name: str) -> DeviceProfile:
 
 
 def default_profile() -> DeviceProfile:
-    """Of this machine's GPU where there is one, else of an H200."""
+    """The profile of this machine's GPU where there is one, else of an H200."""
     here = local_profile()
     return PROFILES["h200"] if here.vendor == "cpu" else here
 
 
 def asked_profile(device: DeviceProfile | str | None) -> DeviceProfile | None:
-    """What somebody asks for by a profile, a name or nothing; None: this machine, with the providers that are there.
+    """The profile for a profile, a name or None; None: this machine, with its available providers.
 
     Raises:
         ConfigError: as for `device_profile`, or it is none of these.
@@ -66,7 +66,7 @@ def profile_of(reported: str, vendor: Vendor, processors: int = 0) -> DeviceProf
 
     Args:
         reported: torch's name of it.
-        vendor: whose it is.
+        vendor: its vendor.
         processors: how many multiprocessors or compute units torch reports; 0: it doesn't say.
     """
     for profile in PROFILES.values():
@@ -83,7 +83,7 @@ def profile_of(reported: str, vendor: Vendor, processors: int = 0) -> DeviceProf
 
 
 def local_vendor() -> Vendor:
-    """Whose accelerator torch sees on this machine."""
+    """The vendor of the accelerator that torch sees on this machine."""
     if not torch.cuda.is_available():
         return "cpu"
     return "amd" if torch.version.hip else "nvidia"

@@ -1,7 +1,7 @@
-"""NVIDIA's GPUs: what torch calls them, and the constants of each with their sources.
+"""NVIDIA's GPUs: torch's names of them, and the constants of each with their sources.
 
-H200's were measured. Those of the others are its, or follow from it by ratios of what NVIDIA prints in its
-datasheets, and the source of each says so.
+H200's were measured. The other GPUs have the same ones, or scaled by ratios from NVIDIA's datasheets, and the source of
+each says so.
 """
 
 from collections.abc import Mapping
@@ -63,7 +63,7 @@ H100_ATTENTION: Final = Attention(
 )
 _LINEAR_RUN = (
     "benchmarks/results/skinny_linear_h200.json, H200, 2026-11-29: 4,096 to 6,144, to 28,672 and to 4,096, and 14,336 "
-    "to 4,096 in bfloat16, 1 to 32 rows; the mean of what is left beside the bytes of the weights"
+    "to 4,096 in bfloat16, 1 to 32 rows; the mean time beside the bytes of the weights"
 )
 _SCALED_RUN = (
     "an H200, 2026-11-29, torch 2.11 (CUDA 13.0): 4,096 to 4,096, to 4,096 + 1,024 + 1,024 and to 14,336 + 14,336, and "
@@ -146,7 +146,7 @@ B200: Final = Hardware(
 )
 
 _SMS, L2_BYTES = 132, 50e6
-"""Of H200."""
+"""H200's SMs and bytes of L2."""
 _PCIE = {4: 24.0, 5: 48.0}
 """GB/s of 16 lanes in one direction, by generation, as NCCL counts them."""
 
@@ -164,8 +164,8 @@ class Sheet:
         reaches_peers: whether a kernel can read and write another GPU's memory.
         low_latency: GB/s of NCCL's LL on one node.
         multicast: whether the switch between its links adds.
-        engines: which all-reduce an engine calls.
-        errors: how far the model is off.
+        engines: the all-reduces that engines call.
+        errors: the model's.
     """
 
     source: str
@@ -224,12 +224,12 @@ class Sheet:
         )  # fmt: skip
 
     def _served(self) -> list[Protocol]:
-        """NCCL keeps LL128 and NVLS to NVLink."""
+        """The protocols that NCCL uses: LL128 and NVLS need NVLink."""
         only = ("LL128", "NVLS") if self.nvlink is None else () if self.multicast else ("NVLS",)
         return [each for each in H200.library if not each.name.endswith(only)]
 
     def _protocol(self, of: Protocol, same: Like, links: Like, unmeasured: str) -> Protocol:
-        """NCCL's on these links."""
+        """NCCL's protocol on these links."""
         changed = derived(of, same, bandwidth=links)
         if of.name.endswith(" LL"):
             slowest = self.low_latency if self.nvlink is not None else min(_PCIE[self.pcie] / 2, self.low_latency)

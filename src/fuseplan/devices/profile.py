@@ -1,4 +1,4 @@
-"""What there is to say of one kind of device, in one record."""
+"""One kind of device, in one record."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Final
 from fuseplan.devices.hardware import Hardware, Vendor
 
 VENDOR_NAMES: Final[Mapping[str, str]] = {"nvidia": "NVIDIA GPUs", "amd": "AMD GPUs", "cpu": "CPUs"}
-"""Whose devices there are, for a person."""
+"""Vendors' devices, for a person."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,13 +16,13 @@ class DeviceProfile:
 
     Attributes:
         name: `h200`.
-        vendor: whose software stack it needs.
+        vendor: the vendor, whose software stack it needs.
         description: for a person.
         reported: torch's names of it, each as a regular expression for the whole of one.
         processors: multiprocessors or compute units of a whole one; 0: any number. A part of one, such as a MIG slice
             or a partition, is another device.
-        hardware: the constants of its cost model, each with its source; None of a device that nobody has described,
-            which is priced by what torch reports of it.
+        hardware: the constants of its cost model, each with its source; None for an unknown device, which is priced by
+            properties that torch reports.
     """
 
     name: str

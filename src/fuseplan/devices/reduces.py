@@ -1,6 +1,6 @@
 """Unfused all-reduces of NVIDIA's GPUs: NCCL's, vLLM's own kernels, and torch's over symmetric memory.
 
-`benchmarks/calibrate_reduces.py` fits the constants; what vLLM calls at which size is read off its source.
+`benchmarks/calibrate_reduces.py` fits the constants; vLLM's choices by size are read off its source.
 """
 
 from collections.abc import Mapping
@@ -96,9 +96,9 @@ def _vllm(custom: Mapping[int, int], symmetric: Mapping[int, int], multimem: fro
     """vLLM's all-reduce with its defaults.
 
     Args:
-        custom: by ranks, below how many bytes its own kernel runs; at most 8 MiB, the size of its buffer.
-        symmetric: up to how many torch's kernels over symmetric memory do.
-        multimem: the numbers of ranks for which that is multimem.
+        custom: by ranks, the size in bytes below which its own kernel runs; at most 8 MiB, the size of its buffer.
+        symmetric: by ranks, the size up to which torch's kernels over symmetric memory run.
+        multimem: the numbers of ranks for which that kernel is multimem.
         where: the tables' keys.
     """
     one_stage = {2: 8 * MIB, 4: 512 * KIB, 6: 256 * KIB, 8: 256 * KIB}
@@ -142,8 +142,8 @@ B300_VLLM: Final = {
 
 
 def without_multicast(hardware: Hardware) -> Hardware:
-    """A device whose switch can't add, or isn't there: no NVLS, no multimem, and vLLM leaves symmetric memory off, with
-    which it has its own kernel run up to the size of its buffer.
+    """A device whose switch can't add, or isn't there: no NVLS, no multimem, and vLLM leaves symmetric memory off, so
+    that its own kernel runs up to the size of its buffer.
     """
     choices = (choice for dispatch in hardware.engines.values() for choice in dispatch.choices)
     symmetric = any(choice.kernel in (MULTIMEM, TWO_SHOT) for choice in choices)

@@ -1,4 +1,4 @@
-"""Constants of a device that has no profile: those of a measured one, times ratios of what torch reports."""
+"""Constants of a device that has no profile: a measured one's, times ratios of properties that torch reports."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -10,20 +10,20 @@ from fuseplan.devices.known import PROFILES
 from fuseplan.devices.nvidia import L2_BYTES
 
 ASSUMED: Final = "assumed"
-"""How the source of a constant starts that nothing is known of."""
+"""The prefix of an unknown constant's source."""
 BASES: Final = {"amd": "mi300x", "nvidia": "h200"}
-"""By vendor, whose constants are taken."""
+"""By vendor, the device whose constants are taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What torch reports of a device.
+    """Properties of a device that torch reports.
 
     Attributes:
-        processors: streaming multiprocessors or compute units; 0: it doesn't say.
-        cache: bytes of L2; 0: likewise.
-        clock_khz: of the memory; 0: likewise.
-        bus_bits: of the memory; 0: likewise.
+        processors: streaming multiprocessors or compute units; 0: unknown.
+        cache: bytes of L2; 0: unknown.
+        clock_khz: of the memory; 0: unknown.
+        bus_bits: of the memory; 0: unknown.
     """
 
     processors: int = 0
@@ -33,12 +33,12 @@ class Facts:
 
 
 def unknown_hardware(name: str, vendor: Vendor, facts: Facts) -> Hardware:
-    """Constants of a device that has no profile, by what torch reports of it; what is missing there is assumed.
+    """Constants of a device that has no profile, by properties that torch reports; missing ones are assumed.
 
     Args:
         name: of the device.
         vendor: `nvidia` or `amd`.
-        facts: what torch reports.
+        facts: torch's report.
     """
     known = PROFILES[BASES[vendor]]
     base = known.hardware

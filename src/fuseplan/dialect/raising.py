@@ -26,7 +26,7 @@ from fuseplan.rules.parts import OPAQUE, PARTS, Core, Part, RowEpilogue, Stage, 
 NO_GROUPS: Mapping[object, str] = {}
 
 RAISING = {stage: [(part, read) for part in PARTS for when, read in part.raising if when is stage] for stage in Stage}
-"""What reads a graph in each stage, in order of the parts' names."""
+"""The readers of each stage, in order of the parts' names."""
 ENGINE_OPS = {name: read for part in PARTS for name, read in part.engine_ops.items()}
 ROW_EPILOGUES = tuple(op.overload for part in PARTS if isinstance(part, RowEpilogue) for op in part.ops)
 
@@ -40,8 +40,8 @@ def canonicalize(
     Args:
         graph: a functional post-grad graph with fake tensors in `meta["val"]`; it is not changed.
         see_through_noops: `PassConfig.eliminate_noops`.
-        engine_groups: what an engine calls its groups, and the names of the process groups behind them.
-        asked: the parts, of those that are opt-in, that it is read for.
+        engine_groups: the engine's identifiers of groups, with the names of the process groups behind them.
+        asked: the opt-in parts to raise.
 
     Returns:
         A raised copy, topologically sorted, that knows the original of each of its values.
@@ -66,12 +66,12 @@ def canonicalize(
 
 
 def _raise_engine_ops(canonical: CanonicalGraph, groups: Mapping[object, str]) -> None:
-    """Raises what an engine has in the place of aten's, called as it is or under `auto_functionalized`.
+    """Raises an engine's ops, called directly or under `auto_functionalized`.
 
     Args:
         canonical: the graph.
-        groups: what the engine calls its groups (`"tp:0"`, the handle of a shared-memory communicator), and the names
-            of the process groups behind them.
+        groups: the engine's identifiers of groups (`"tp:0"`, the handle of a shared-memory communicator), with the
+            names of the process groups behind them.
     """
     for node in canonical.calls(*filter(is_engines, targets_of(canonical.graph))):
         op = engine_op(node)
@@ -84,8 +84,8 @@ def _raise_engine_ops(canonical: CanonicalGraph, groups: Mapping[object, str]) -
 
 
 def _sink_reshapes(canonical: CanonicalGraph) -> None:
-    """`epilogue(reshape(y))` -> `reshape(epilogue(y))`, where the reshape keeps the last dimension and y is what a core
-    of the epilogue yields.
+    """`epilogue(reshape(y))` -> `reshape(epilogue(y))`, where the reshape keeps the last dimension and y is the result
+    of one of the epilogue's cores.
 
     Such epilogues work on each row alone, so this is exact.
     """
@@ -121,7 +121,7 @@ def _reshape_like(canonical: CanonicalGraph, moved: fx.Node, old: fx.Node) -> No
     sizes: list[Any] = list(value.shape)
     symbolic = [dim for dim, size in enumerate(sizes) if isinstance(size, torch.SymInt)]
     for dim in symbolic:
-        # One unknown size may be inferred; more are read off the reshape that is being moved.
+        # One unknown size may be inferred; several are read off the moved reshape.
         sizes[dim] = -1 if len(symbolic) == 1 else _size_of(canonical, old, moved, dim)
     canonical.replace(old, canonical.insert_before(old, aten.reshape.default, (moved, sizes), value))
 
@@ -138,7 +138,7 @@ def _size_of(canonical: CanonicalGraph, old: fx.Node, moved: fx.Node, dim: int) 
 
 
 def _is_result(node: object, cores: frozenset[str]) -> bool:
-    """Whether a node is what a core yields, its residual aside."""
+    """Whether a node is the result of a core, its residual aside."""
     if is_call(node, operator.getitem):
         node = node.args[0] if node.args[1] == 0 else None
     part = part_at(node)

@@ -1,6 +1,6 @@
 """One plan on all ranks of a group, or no fusions on any of them: settled over the group's store, before the first run.
 
-No collective takes part: with a warm compile cache one rank may never come to where the others wait.
+No collective is used: with a warm compile cache one rank may never get to where the others wait.
 """
 
 import datetime
@@ -31,9 +31,9 @@ class Verdict:
     Attributes:
         fused: whether every rank runs its plan; else every rank runs unfused.
         reason: why not, one clause.
-        lost: whether a rank is left in a collective, so that what the group sends from now on may end up there.
-        apart: whether it is memory that the ranks can't share, so that a plan without that would do.
-        verified: what the ranks verified together on the way.
+        lost: whether a rank is stuck in a collective, which may receive the group's later messages.
+        apart: whether the ranks can't share memory, so that a plan without it would work.
+        verified: outcomes of verification by all ranks on the way.
     """
 
     fused: bool
@@ -47,23 +47,23 @@ def agree(
     group_store: Store, *, graph: str, rank: int, size: int, digest: str, deadline: datetime.timedelta,
     awaited: str = NO_PLAN, differing: str = OTHER_PLAN,
 ) -> Verdict:  # fmt: skip
-    """Posts this rank's digest, waits for those of the others, and returns the verdict of all ranks.
+    """Posts this rank's digest, waits for the others', and returns the verdict of all ranks.
 
     The first rank that knows enough, or has waited long enough, writes the verdict by one compare-and-set; all others,
-    a late one too, read that one.
+    also late ones, read it.
 
     Args:
         group_store: a store that the ranks share.
-        graph: a name for what is compiled, the same on all ranks.
+        graph: the name of the compiled graph, the same on all ranks.
         rank: of this process in the group.
         size: of the group.
-        digest: of this rank's plan, or what `failed`, `refused`, `lost` or `apart` yield.
+        digest: of this rank's plan, or a result of `failed`, `refused`, `lost` or `apart`.
         deadline: how long to wait for the others.
         awaited: the reason given for a rank that is late.
         differing: the reason given for two different digests.
 
     Raises:
-        UnsupportedError: the store doesn't answer, so it isn't known what the other ranks run.
+        UnsupportedError: the store doesn't answer, so the other ranks' plans aren't known.
     """
     try:
         attempt = group_store.add(f"{PREFIX}/{graph}/{rank}/attempts", 1)
@@ -105,10 +105,10 @@ def apart(why: str) -> str:
 def _digests(
     group_store: Store, where: str, size: int, deadline: datetime.timedelta
 ) -> tuple[dict[int, str], list[int]]:
-    """What each rank posted, and who posted nothing in time."""
+    """The digests by rank, and the ranks without one in time."""
     names = [f"{where}/{rank}" for rank in range(size)]
     until, pause = time.monotonic() + deadline.total_seconds(), LEAST_PAUSE_S
-    # A store that waits keeps the process's other threads from it, and these may have what another rank waits for.
+    # A waiting store blocks the process's other threads, and another rank may wait for one of these.
     while not group_store.check(names) and time.monotonic() < until:
         time.sleep(pause)
         pause = min(2 * pause, MOST_PAUSE_S)
@@ -137,15 +137,15 @@ def agree_in_groups(
 ) -> Verdict:  # fmt: skip
     """`agree` among the ranks of a graph's process groups.
 
-    Where a graph has several groups, one of them has to hold all ranks of the others: two groups can't be held to one
-    verdict otherwise. A group of torch's `fake` backend has no other ranks to ask.
+    Where a graph has several groups, one of them has to hold all ranks of the others: otherwise two groups could reach
+    different verdicts. A group of torch's `fake` backend has no other ranks to ask.
 
     Args:
         names: of the groups whose collectives are in the graph.
         graph: as for `agree`.
-        digest: likewise.
+        digest: as for `agree`.
         deadline_s: seconds to wait; None: the group's own timeout, after which its collectives would give up too.
-        work_s: seconds beside these that a rank may have something to do.
+        work_s: further seconds that a rank may need for its work.
         awaited: as for `agree`.
 
     Raises:

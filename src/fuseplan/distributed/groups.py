@@ -1,4 +1,4 @@
-"""Process groups: found by name, how long their ranks wait for each other, and whether they are on one machine."""
+"""Process groups: look-up by name, timeouts, and whether their ranks are on one machine."""
 
 import datetime
 
@@ -8,7 +8,7 @@ from torch.distributed import distributed_c10d
 
 from fuseplan.config import Launch
 
-# torch's backend for trying things out in one process: the other ranks don't exist.
+# torch's backend for experiments in one process: the other ranks don't exist.
 STAND_IN = "fake"
 
 
@@ -19,11 +19,12 @@ def resolve(group_name: str) -> dist.ProcessGroup:
 
 
 def timeout_of(group: dist.ProcessGroup, device_type: str | None = None) -> datetime.timedelta:
-    """After how long a group's own collectives give up.
+    """The timeout of a group's own collectives.
 
     Args:
-        group: any.
-        device_type: whose collectives, since a group may have a backend for each; None: the GPU's if it has one.
+        group: a process group.
+        device_type: the device of the collectives, since a group may have a backend for each; None: the GPU if it has
+            one.
     """
     types = [each.type for each in getattr(group, "_device_types", ())]
     wanted = device_type or ("cuda" if "cuda" in types or not types else types[0])
@@ -39,12 +40,11 @@ def timeout_of(group: dist.ProcessGroup, device_type: str | None = None) -> date
 
 
 def elsewhere(group_name: str) -> list[int]:
-    """The ranks of a group, by number in the world, that are on other machines, as far as `torchrun` has set where
-    this process is: it numbers the ranks of a machine one after the other. Either all members of a group see some
-    there, or none does.
+    """The ranks of a group, by number in the world, that are on other machines, as far as `torchrun` tells: it numbers
+    the ranks of a machine consecutively. Either all members of a group see some there, or none does.
 
     Raises:
-        ConfigError: what `torchrun` sets isn't a number.
+        ConfigError: a variable of `torchrun` isn't a number.
     """
     launch = Launch.read()
     try:

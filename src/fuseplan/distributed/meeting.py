@@ -17,18 +17,18 @@ T = TypeVar("T")
 PREFIX = "fuseplan/meeting"
 BUSY = "is busy with another group"
 MOST_PATIENCE_S = 0.05
-"""Of a thread that waits for another one of its process, before it lets the other ranks try again."""
+"""How long a thread waits for another one of its process, before it lets the other ranks try again."""
 
 _COLLECTIVE = threading.Lock()
 
 
 class Meeting:
-    """Where the ranks of a group meet for one purpose, in as many steps as it takes.
+    """A meeting of a group's ranks for one purpose, in any number of steps.
 
     Args:
-        group: whose ranks meet.
+        group: of the ranks.
         purpose: a verb and its object, the same on all of them.
-        facts: what has to be equal on all of them.
+        facts: a text that has to be equal on all of them.
         deadline: how long they wait for each other at each step.
         advice: what to do if they can't.
     """
@@ -41,7 +41,7 @@ class Meeting:
         self._store = distributed_c10d._get_process_group_store(group)
 
     def step(self, take: Callable[[], T]) -> T:
-        """A step of this rank, after all ranks have done theirs.
+        """The result of this rank's step, once all ranks have done theirs.
 
         Raises:
             CollectiveError: one of them failed, didn't come, or came with other facts.
@@ -57,14 +57,14 @@ class Meeting:
         return taken
 
     def collective(self, take: Callable[[], T]) -> T:
-        """A step in which ranks wait for each other inside of a library, which may hold the interpreter's lock. It is
-        begun once no rank is in another such step, or threads of two ranks would wait for each other.
+        """A step in which ranks wait for each other inside a library, which may hold the interpreter's lock. It begins
+        once no rank is in another such step, or threads of two ranks could deadlock.
 
         Raises:
-            CollectiveError: as of `step`.
+            CollectiveError: as for `step`.
         """
         while True:
-            # At random, so that two groups don't hinder each other for ever.
+            # A random time, so that two groups don't block each other for ever.
             free = _COLLECTIVE.acquire(timeout=random.uniform(0, MOST_PATIENCE_S))
             try:
                 reason = self._ask(self._facts if free else refused(BUSY))
@@ -77,10 +77,10 @@ class Meeting:
                 raise self._error(reason)
 
     def least(self, mine: int) -> int:
-        """The least of what all ranks bring.
+        """The least value of all ranks.
 
         Raises:
-            CollectiveError: as of `step`.
+            CollectiveError: as for `step`.
         """
         name = f"{PREFIX}/{self._purpose}/least"
         self.step(lambda: self._store.set(f"{name}/{dist.get_rank(self._group)}", str(mine)))

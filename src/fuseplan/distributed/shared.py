@@ -1,5 +1,5 @@
-"""What ranks keep for their process groups, made by all of them together: fuseplan's own workspaces and what libraries
-have of the kind, in one registry.
+"""Shared objects of process groups, made by all ranks together: fuseplan's own workspaces and those of libraries, in
+one registry.
 """
 
 import atexit
@@ -20,21 +20,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Kind(Generic[T]):
-    """What one library keeps.
+    """The shared objects of one library.
 
     Attributes:
         name: of the library, for a person.
-        release: gives one back; it doesn't communicate. None: it is freed with its last reference.
+        release: frees one; it doesn't communicate. None: it is freed with its last reference.
     """
 
     name: str
     release: Callable[[T], None] | None = None
 
     def require(self, rows: int, most_rows: int, group_name: str) -> None:
-        """Refuses what the library's kernels would go wrong at.
+        """Refuses calls that the library's kernels can't serve.
 
         Raises:
-            CollectiveError: more rows than that.
+            CollectiveError: `rows` exceeds `most_rows`.
         """
         if rows > most_rows:
             raise CollectiveError(
@@ -52,14 +52,14 @@ class _Entry:
     capacity: int
     value: Any
     captured: bool = False
-    """Whether a CUDA graph points to it, which may be replayed whenever it likes."""
+    """Whether a CUDA graph points to it, which may be replayed at any time."""
 
 
 class Registry:
-    """What there is, by kind, group, key and capacity.
+    """The shared objects of this process, by kind, group, key and capacity.
 
-    A kernel asks in its first eager call of a size, which is before a graph is captured, and whether or not its graph
-    came from a warm compile cache. All ranks of a group come to it in the same call, since they run one plan.
+    A kernel gets one in its first eager call of a size, which is before a graph is captured, whether or not its graph
+    came from a warm compile cache. All ranks of a group do so in the same call, since they run one plan.
     """
 
     def __init__(self) -> None:
@@ -71,21 +71,21 @@ class Registry:
         self, kind: Kind[T], group_name: str, key: Hashable, *, rows: int, capacity: int,
         make: Callable[[dist.ProcessGroup], T],
     ) -> T:  # fmt: skip
-        """The least there is that holds so many rows, or a new one.
+        """The smallest one that holds so many rows, or a new one.
 
-        Where another group has the name since, what the first had is given back, unless CUDA graphs have captured it:
-        they may still be replayed, and it stays where it is.
+        Where another group has taken the name, the first group's objects are freed, except those that CUDA graphs have
+        captured: these may still be replayed.
 
         Args:
-            kind: whose.
+            kind: of the object.
             group_name: of the process group.
-            key: what it is made for, such as device and dtype, beside the group and its capacity.
+            key: further properties of it, such as device and dtype, beside the group and its capacity.
             rows: of the call.
             capacity: rows that a new one holds.
             make: makes one; a collective of the group.
 
         Raises:
-            CollectiveError: none is there yet and a CUDA graph is being captured.
+            CollectiveError: there is none yet and a CUDA graph is being captured.
         """
         group = resolve(group_name)
         found = self._find(kind, group, key, rows)
@@ -93,8 +93,8 @@ class Registry:
             return found  # type: ignore[no-any-return]
         with self._lock:
             making = self._making[kind, group_name, key]
-        # Whoever makes one waits for the other ranks, and these may wait for another thread of this one with another
-        # group: no other lock is held meanwhile.
+        # The thread that makes one waits for the other ranks, and these may wait for another thread of this rank with
+        # another group: no other lock is held meanwhile.
         with making:
             found = self._find(kind, group, key, rows)
             if found is not None:
@@ -125,11 +125,11 @@ class Registry:
         return None
 
     def values(self, kind: Kind[T]) -> list[T]:
-        """All of a kind."""
+        """All objects of a kind."""
         return [entry.value for entry in self._entries if entry.kind is kind]
 
     def release(self, kind: Kind[Any] | None = None) -> None:
-        """Gives back all of a kind; None: all there is."""
+        """Frees all objects of a kind; None: of all kinds."""
         with self._lock:
             gone = [each for each in self._entries if kind in (None, each.kind)]
             self._entries = tuple(each for each in self._entries if each not in gone)
@@ -143,10 +143,10 @@ def _give_back(entries: list[_Entry]) -> None:
 
 
 def capturing() -> bool:
-    """Whether what is launched now is recorded and not run."""
+    """Whether launches are captured now, and not run."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 SHARED: Final = Registry()
-"""Of this process; given back when it ends."""
+"""This process's registry; freed when it ends."""
 atexit.register(SHARED.release)

@@ -18,17 +18,17 @@ from fuseplan.distributed.shared import SHARED, Kind, capturing
 from fuseplan.errors import CollectiveError
 
 SLOTS = 3
-"""Calls that can have data in a workspace: the one that is sent, the one that is read, the one that is emptied."""
+"""Calls that can have data in a workspace: one being sent, one being read, one being cleared."""
 CAPACITY_BYTES = 32 * 2**20
-"""Of one call's message; larger ones are sent in parts."""
+"""The most bytes of a message; larger ones are sent in parts."""
 SHOT_BYTES = 2**20
-"""Of a message that every rank sends to every other rank, where there are more than two."""
+"""The most bytes of a message that every rank sends to every other rank, where there are more than two."""
 ONE_SHOT_RANKS = 2
-"""Up to which two shots send as much as one, and workspaces have no room for sums."""
+"""Ranks up to which two shots send as much as one, so that workspaces have no room for sums."""
 STATE_WORDS = 3 + 2 * SLOTS
 HEADER_BYTES = 512
-"""Before the slots: what kernels remember between calls, and how far the other ranks' memory is. It lies here and not
-in tensors of its own, since the first call may come while CUDA graphs' own pool serves all allocations.
+"""The bytes before the slots: the kernels' state between calls, and the offsets of the other ranks' memory. They lie
+here and not in tensors of their own, since the first call may come while CUDA graphs' own pool serves all allocations.
 """
 
 
@@ -39,7 +39,7 @@ class SharedMemory:
     Attributes:
         local: this rank's, uint8, on its device.
         addresses: of every rank's memory, as this rank sees it.
-        keep: what has to live as long.
+        keep: objects that have to live as long.
     """
 
     local: Tensor
@@ -60,14 +60,14 @@ def allocate_symmetric(size: int, group_name: str, device: torch.device, meeting
     """
     from torch.distributed import _symmetric_memory as symmetric_memory
 
-    # A rank that has no memory left doesn't come to where the others would wait for it.
+    # A rank without memory left doesn't get to where the others would wait for it.
     local = meeting.step(lambda: symmetric_memory.empty(size, dtype=torch.uint8, device=device))
     handle = meeting.collective(lambda: symmetric_memory.rendezvous(local, resolve(group_name)))
     return SharedMemory(local=local, addresses=handle.buffer_ptrs, keep=handle)
 
 
 def allocate_loopback(size: int, ranks: int, device: torch.device) -> SharedMemory:
-    """Memory in which this rank finds what it sends to others."""
+    """Memory that returns this rank's own messages to it."""
     local = torch.empty(size, dtype=torch.uint8, device=device)
     return SharedMemory(local=local, addresses=[local.data_ptr()] * ranks, keep=None)
 
@@ -76,23 +76,23 @@ _serials = itertools.count()
 
 
 class Workspace:
-    """Shared memory of one group, with what its kernels have to remember between calls.
+    """Shared memory of one group, with its kernels' state between calls.
 
-    Calls in one workspace have to follow each other on the device: eager calls of other threads and streams are made to
-    wait here, replays of graphs are their owner's to order, as they are with NCCL.
+    Calls in one workspace have to follow each other on the device: eager calls of other threads and streams wait here;
+    owners order replays of their graphs, as with NCCL.
 
     Args:
         group_name: of the process group.
         device: of this rank.
         itemsize: bytes of an element.
         capacity: bytes of the largest message.
-        loopback: whether this rank stands for all others too, as if they held what it does: what it sends comes back.
-        allocate: makes the memory.
+        loopback: whether this rank plays all others, as if they had the same data: its messages come back.
+        allocate: allocates the memory.
         timeout_s: seconds after which a kernel stops to wait for another rank; None: the group's own timeout.
-        use: what it is for, the same on all ranks; those of one use are made one after the other.
+        use: its purpose, the same on all ranks; workspaces of one use are made one after the other.
 
     Raises:
-        CollectiveError: the memory can't be had, on one of the ranks, or a graph is being captured.
+        CollectiveError: the memory can't be allocated on one of the ranks, or a graph is being captured.
     """
 
     def __init__(
@@ -127,14 +127,14 @@ class Workspace:
             # torch allocates for the current device, which is another one in a new thread.
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
                 memory = allocate(size, group_name, device, meeting)
-            # Nobody may send before everybody's memory is empty.
+            # No rank may send before all memory is cleared.
             meeting.step(lambda: self._lay_out(memory, itemsize))
         self.serial = next(_serials)
         self.lock = threading.RLock()
         self.ended: _Ended | None = None
 
     def _lay_out(self, memory: SharedMemory, itemsize: int) -> None:
-        """Empties this rank's memory, and notes how far that of the others is."""
+        """Clears this rank's memory, and stores the offsets of the others'."""
         self.memory = memory
         memory.local.fill_(255)
         header = memory.local[:HEADER_BYTES].view(torch.int64)
@@ -149,19 +149,19 @@ class Workspace:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What kernels are given: messages, how far the others' are, what is remembered between calls, and who is late;
-        the same tensors at every call.
+        """The kernels' arguments: messages, the offsets of the others', state between calls, and the late rank; the
+        same tensors at every call.
         """
         return self.words, self.peer_offsets, self.state, self.failure
 
     @property
     def layout(self) -> str:
-        """What ranks have to agree in for their kernels to find what is sent to them."""
+        """The layout that ranks have to agree on, so that their kernels find messages."""
         return f"{self.processors} processors, {self.shot_words} words, {self.sums_words} of sums"
 
     @property
     def is_current(self) -> bool:
-        """Whether the group is still the one of that name."""
+        """Whether the group still has that name."""
         try:
             return resolve(self.group_name) is self.group
         except (RuntimeError, ValueError, LookupError):
@@ -173,7 +173,7 @@ class Workspace:
         return bool(self._failure[0])
 
     def held(self) -> "_Held":
-        """Around the launches of a call: they follow those of the last one, whichever thread and stream that was of.
+        """The context of a call's launches: they follow the last call's, whichever thread and stream that was on.
 
         Raises:
             CollectiveError: an earlier call failed.
@@ -181,10 +181,10 @@ class Workspace:
         return _Held(self)
 
     def require(self, shot_words: int, sums_words: int) -> None:
-        """Before a launch: what it sends has to fit.
+        """Checks before a launch that its messages fit.
 
         Raises:
-            CollectiveError: it doesn't.
+            CollectiveError: they don't.
         """
         for name, wanted, there in (("", shot_words, self.shot_words), (" of sums", sums_words, self.sums_words)):
             if wanted > there:
@@ -194,7 +194,7 @@ class Workspace:
                 )
 
     def check(self) -> None:
-        """Raises what a kernel found out, if anything; the workspace is of no use any more then.
+        """Raises a kernel's error, if there is one; the workspace can't be used any more then.
 
         Raises:
             CollectiveError: a kernel waited for another rank for too long.
@@ -209,7 +209,7 @@ class Workspace:
 
 
 class _Ended(NamedTuple):
-    """The last call that ran: its stream, by the driver's handle, and an event behind its launches."""
+    """The last call that ran: its stream, by the driver's handle, and an event after its launches."""
 
     handle: int
     stream: torch.cuda.Stream
@@ -223,11 +223,11 @@ def _handle_of_current_stream(device: int) -> int:
 handle_of_current_stream: Callable[[int], int] = getattr(
     torch._C, "_cuda_getCurrentRawStream", _handle_of_current_stream
 )
-"""Takes the host a tenth of the time that the stream itself does."""
+"""It takes the host a tenth of the time of getting the stream itself."""
 
 
 class _Held:
-    """A workspace while a call launches kernels in it. No generator: it is paid for at every call."""
+    """A workspace while a call launches kernels in it. It is no generator, since every call pays for it."""
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
@@ -245,7 +245,7 @@ class _Held:
                 self.ended = _Ended(handle, torch.cuda.current_stream(workspace.device), torch.cuda.Event())
             elif last.handle != handle:
                 stream = torch.cuda.current_stream(workspace.device)
-                last.event.wait(stream)  # the device's own, which needn't be the current one
+                last.event.wait(stream)  # of the device's own stream, which needn't be the current one
                 self.ended = _Ended(handle, stream, last.event)
             else:
                 self.ended = last
@@ -272,11 +272,11 @@ def _whole_units(words: int) -> int:
 
 
 POLLS_PER_S = 1e6
-"""Where kernels have no clock they count how often they have looked; about this often in a second."""
+"""Kernels without a clock count their polls; about this many in a second."""
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many a device, or the part of it that is here, has; 1 where kernels are interpreted."""
+    """The number of multiprocessors of a device, or of the part of it that is here; 1 where kernels are interpreted."""
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -290,8 +290,8 @@ _LOOPBACK: contextvars.ContextVar[dict[Hashable, Workspace] | None] = contextvar
 
 @contextlib.contextmanager
 def loopback() -> Iterator[None]:
-    """Workspaces of this thread are loopbacks: its rank stands for the others too, nothing is sent, nobody waited for.
-    No other thread has them, and they are given back here.
+    """Makes this thread's workspaces loopbacks: its rank plays the others, nothing is sent, and no rank is waited for.
+    No other thread uses them, and they are freed at the end.
     """
     token = _LOOPBACK.set({})
     try:
@@ -304,9 +304,9 @@ def workspace_of(
     group_name: str, device: torch.device, dtype: torch.dtype, capacity: int = CAPACITY_BYTES
 ) -> Workspace:
     """The workspace of a group for messages of a dtype, made at the first call: all ranks make it together, outside of
-    any capture. A warm compile cache changes nothing, since it is the kernel's launcher that asks.
+    any capture. A warm compile cache changes nothing, since the kernel's launcher calls this.
 
-    Where another group has the name since, its ranks make another one; see `Registry.get`.
+    Where another group has taken the name, its ranks make another one; see `Registry.get`.
 
     Raises:
         CollectiveError: as for `Workspace`.
@@ -320,7 +320,7 @@ def workspace_of(
     def make(group: dist.ProcessGroup) -> Workspace:
         return Workspace(group_name, device, dtype.itemsize, capacity=capacity, use=str(dtype).removeprefix("torch."))
 
-    # A call of any number of rows has as many launches as it takes.
+    # A call of any number of rows is split into launches.
     return SHARED.get(WORKSPACES, group_name, key, rows=0, capacity=0, make=make)
 
 
@@ -331,7 +331,7 @@ def prepare(wanted: Iterable[tuple[str, str, str]]) -> str:
         wanted: names of groups, of dtypes without torch's prefix, and of this rank's devices.
 
     Returns:
-        What has to be equal on all ranks, one with the same devices or not.
+        The layouts, which have to be equal on all ranks, whatever their devices.
 
     Raises:
         CollectiveError: as for `Workspace`.
@@ -341,7 +341,7 @@ def prepare(wanted: Iterable[tuple[str, str, str]]) -> str:
 
 
 def check_workspaces() -> None:
-    """Raises what kernels found out since, if anything, of groups that are still there.
+    """Raises kernels' errors since the last check, if any, of groups that still exist.
 
     Raises:
         CollectiveError: a kernel waited for another rank for too long.

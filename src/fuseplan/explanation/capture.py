@@ -51,7 +51,7 @@ STAGES = (
     "tracing, 2 of 3 (AOTAutograd):",
     "tracing, 3 of 3 (Inductor's passes):",
 )
-"""What a watcher is told; where the graph breaks, more than once."""
+"""The stages that a watcher is called with; repeated where the graph breaks."""
 
 
 @dataclass
@@ -67,7 +67,7 @@ class _Recorder:
         return cast(Callable[..., Any], compile_fx(gm, inputs, inner_compile=self._inner))  # type: ignore[arg-type]
 
     def _inner(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
-        # Passes after the hook rewrite collectives to act in place, so the graph is copied inside the hook.
+        # Passes after the hook make collectives in-place, so the graph is copied inside the hook.
         self.watch(STAGES[2])
         is_inference = bool(options.get("is_inference", False))
         view_to_reshape(gm)
@@ -98,7 +98,7 @@ def capture(
     """Traces `model(*inputs, **kwargs)` through Dynamo, AOTAutograd and Inductor's post-grad passes.
 
     The model is run once, on fake tensors where its inputs are fake. Threads that trace take turns; none may compile or
-    run compiled code meanwhile, since Dynamo's caches are dropped, which torch doesn't guard against.
+    run compiled code meanwhile, since Dynamo's caches are dropped, and torch has no guard against that.
 
     Args:
         model: a module or function.
@@ -106,7 +106,7 @@ def capture(
         kwargs: its keyword arguments.
         dynamic: treat the leading dimensions of tensor arguments as unknown. (`torch.compile(dynamic=True)` would treat
             epsilons as unknown too.)
-        watch: called with the stage that is begun, one of `STAGES`.
+        watch: called with each stage, one of `STAGES`, as it begins.
 
     Raises:
         WorkloadError: nothing could be traced, and the text has torch's reason; or the model is on the meta device.
@@ -146,7 +146,7 @@ def _capture(
     breaks = _breaks(graph_break_reasons[met:], counted)
     torch._dynamo.reset()
     if failure is not None or not recorder.graphs:
-        why = one_line(_told(failure)) if failure else "; ".join(map(str, breaks)) or "it runs no tensor op"
+        why = one_line(_message(failure)) if failure else "; ".join(map(str, breaks)) or "it runs no tensor op"
         raise WorkloadError(f"the model could not be traced: {why}") from failure
     if any(map(_is_meta, recorder.graphs)):
         raise WorkloadError(
@@ -168,7 +168,7 @@ def _is_meta(gm: fx.GraphModule) -> bool:
 
 @contextlib.contextmanager
 def _without_advice() -> Iterator[None]:
-    """Dynamo warns of results that a cached function could make wrong; here there are none."""
+    """Suppresses Dynamo's warning that a cached function could make results wrong; here there are none."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`-wrapped function")
         yield
@@ -176,7 +176,7 @@ def _without_advice() -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_caches() -> Iterator[None]:
-    """No caches: the graphs must be made here and now."""
+    """Disables caches: the graphs have to be made now."""
     with (
         functorch_config.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False),
         inductor_config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
@@ -190,7 +190,9 @@ def _tensors(inputs: Sequence[Any]) -> list[torch.Tensor]:
 
 @contextlib.contextmanager
 def _unknown_leading_dimensions(values: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Dynamo keeps its marks on the tensors themselves, which are the user's: they are taken off again."""
+    """Marks the leading dimensions as dynamic. Dynamo's marks are on the user's own tensors, so they are
+    removed again.
+    """
     before = [{name: copy(value.__dict__[name]) for name in _MARKS if name in value.__dict__} for value in values]
     for value in values:
         _mark_leading_dimensions(value)
@@ -213,14 +215,14 @@ def _mark_leading_dimensions(value: torch.Tensor) -> None:
             torch._dynamo.maybe_mark_dynamic(value, dim)
 
 
-def _told(failure: Exception | SystemExit) -> str:
+def _message(failure: Exception | SystemExit) -> str:
     if isinstance(failure, SystemExit):
         return f"it calls sys.exit({failure.code!r})"
     return str(failure) or type(failure).__name__
 
 
 def _breaks(reasons: Sequence[GraphCompileReason], counted: Iterable[str]) -> tuple[GraphBreak, ...]:
-    """Breaks with their lines, and those that Dynamo counted without saying where, before any op of a graph."""
+    """Breaks with their lines, and those that Dynamo only counted, before any op of a graph."""
     found = []
     for each in reasons:
         frames = [frame for frame in each.user_stack if not frame.filename.startswith(_TORCH)] or each.user_stack
@@ -243,7 +245,7 @@ _DYNAMO_SAYS = {
     "generic_jump": "a branch on the value of a tensor",
     "step_unsupported": "a call in which the graph breaks",
 }
-"""For everything else, the text of its source."""
+"""Texts for kinds of breaks; others have the text of their source."""
 
 
 def _first_line(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Several policies on one workload: what `fuseplan explain` shows."""
+"""Several policies on one workload, for `fuseplan explain`."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,16 +43,16 @@ def compare(
         workload: its name.
         tp: ranks of tensor parallelism.
         ranges: the compile ranges.
-        device: the profile whose providers are taken as present.
+        device: the profile whose providers are assumed present.
         policies: those to compare; empty: `planned`, every order of registration that differs in effect, and `off`.
         config: flags; its policy and ranges aren't used.
         build_ns: how long the model took to build.
         providers: those that may run fused ops.
         rules: the fusions.
-        evidence: whether the comparison brings the drawn graphs, the rows behind its figures and the policies at many
-            sizes, which takes a second or two more.
+        evidence: whether the comparison includes drawings of graphs, the rows behind its figures and the policies at
+            many sizes, which takes a second or two more.
         notes: caveats about the workload, one line each.
-        watch: called with what is begun.
+        watch: called with each stage as it begins.
 
     Raises:
         WorkloadError: nothing could be traced.
@@ -120,7 +120,7 @@ def _is_priced_alone(provider: Provider | None, op: str) -> bool:
 
 
 def _most(found: Iterable[tuple[Any, Any]]) -> list[tuple[Any, int]]:
-    """How often each occurs in a range, in that where it is the most."""
+    """How often each occurs in the range where it occurs most."""
     most: dict[Any, int] = {}
     for (_, what), count in Counter(found).items():
         most[what] = max(most.get(what, 0), count)

@@ -1,4 +1,4 @@
-"""A canonical graph as boxes: every dialect op one, and what is computed between two of them one."""
+"""A canonical graph as boxes: one for every dialect op, and one for the ops between two of them."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ def draw(canonical: CanonicalGraph, name: str) -> Drawing:
 
     Args:
         canonical: the graph, topologically sorted.
-        name: it has in the report.
+        name: of the graph in the report.
     """
     groups = _groups([node for node in canonical.graph.nodes if node.op not in ("placeholder", "output")])
     place = {node: index for index, group in enumerate(groups) for node in group}
@@ -46,13 +46,13 @@ def _groups(nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:
     members: dict[fx.Node, list[fx.Node]] = {}
     for node in nodes:
         members.setdefault(find(node), []).append(node)
-    # Of equal level, ops come first: what reads them without another op between has their level too.
+    # Within a level, dialect ops come first: their readers without another dialect op between have the same level.
     return sorted(members.values(), key=lambda group: (level[group[0]], _op(group[0]) is None, group[0]))
 
 
 def _levels(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
-    """How many dialect ops lie on the longest path to a node, itself included. What is computed from inputs alone for
-    one user, e.g. the transpose of a weight, goes with that user.
+    """How many dialect ops lie on the longest path to a node, itself included. A node that is computed from inputs
+    alone for one reader, e.g. the transpose of a weight, has that reader's level.
     """
     level: dict[fx.Node, int] = {}
     for node in nodes:

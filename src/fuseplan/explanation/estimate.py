@@ -26,10 +26,11 @@ GATHERS = (
 
 
 def rest_ns(graph: fx.Graph, claimed: Collection[fx.Node], hardware: Hardware, rows: Rows, tokens: int) -> int | None:
-    """`sum over kernels of launch + max(bytes / bandwidth, operations / rate)` of what no fusion contends for.
+    """`sum over kernels of launch + max(bytes / bandwidth, operations / rate)` of the nodes that no fusion contends
+    for.
 
-    Products, attention and ops of other people's are a kernel each. Of all else one for each value that these, a
-    claimed node or the output read: what lies between is fused by Inductor.
+    Products, attention and other people's ops are a kernel each. The rest is one kernel for each value that these, a
+    claimed node or the output read: Inductor fuses the nodes between.
 
     Args:
         graph: as Inductor compiles it.
@@ -72,7 +73,7 @@ _OPS = (OpOverload, HigherOrderOperator)
 
 
 def _operations(packet: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> float | None:
-    """Multiplications with their additions; None where that isn't known, or the op isn't made of products."""
+    """Multiplications with their additions; None where unknown, or where the op isn't made of products."""
     name = packet.__name__
     if name.startswith("_scaled_dot_product_"):
         queries, keys = args[0], args[1]
@@ -94,7 +95,7 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _is_materialised(node: fx.Node, claimed: Collection[fx.Node]) -> bool:
-    """Whether something that Inductor doesn't fuse with the node reads it, through views."""
+    """Whether a reader that Inductor doesn't fuse with the node reads it, through views."""
     for user in node.users:
         if user.op == "output" or user in claimed or (_is_view(user) and _is_materialised(user, claimed)):
             return True

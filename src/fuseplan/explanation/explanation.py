@@ -1,4 +1,4 @@
-"""Graphs traced once, held against every policy, range and size."""
+"""Graphs traced once, and the decisions of every policy, range and size on them."""
 
 import itertools
 from collections import Counter, defaultdict
@@ -40,10 +40,10 @@ class Entry:
 
     Attributes:
         name: of the graph.
-        graph: as it was traced.
+        graph: as traced.
         calls: how often a step runs it.
         manager: of the range.
-        analysis: of the graph there.
+        analysis: of the graph in this range.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Explanation:
     Args:
         traced: the graphs.
         config: flags and compile ranges.
-        device: a profile whose providers are taken as present; None: those of this machine.
+        device: a profile whose providers are assumed present; None: this machine's.
         providers: those that may run fused ops.
         rules: the fusions.
     """
@@ -117,7 +117,9 @@ class Explanation:
         return replace(report_of(policy, self.config, rules, graphs), breaks=self.traced.breaks)
 
     def _step_ns(self, entry: Entry) -> int | None:
-        """A graph without fusions at its middle size: its sites by the prices of the plan, and the rest estimated."""
+        """The time of a graph without fusions at its middle size: its sites by the prices of the plan, and the rest
+        estimated.
+        """
         if entry not in self._rest:
             problem, prices = entry.analysis.problem, self._shared.prices
             claimed = frozenset[fx.Node]().union(
@@ -133,8 +135,8 @@ class Explanation:
     def orders(self) -> list[Policy]:
         """One `ordered` policy for every distinct outcome among the orders of the rules that match anywhere.
 
-        A composed rule, which does what several simple ones do, is left out, or comes first of all. So are rules
-        that are on by default in some graphs alone, which no order lists.
+        A composed rule, which does the work of several simple ones, is left out, or comes first of all. Rules that are
+        on by default only in some graphs are left out, too: no order lists them.
         """
         members = {match.rule.name: match.rule for entry in self.entries for match in entry.analysis.matches.candidates}
         members = {name: rule for name, rule in members.items() if name in self._shared.rules}
@@ -178,7 +180,7 @@ class Explanation:
 
     @property
     def _richest(self) -> dict[int, CanonicalGraph]:
-        """Of each graph the copy that was read for most: in small ranges more rules may be on."""
+        """The raised copy of each graph with the most parts: in small ranges more rules may be on."""
         found = dict[int, CanonicalGraph]()
         for (index, _), canonical in sorted(self._canonical.items(), key=lambda each: len(each[0][1])):
             found[index] = canonical
@@ -186,12 +188,12 @@ class Explanation:
 
     @property
     def _alone(self) -> PassConfig:
-        """The configuration for other ranges than a saved plan has."""
+        """The configuration without the saved plan, for ranges that it doesn't have."""
         return replace(self.config, plan=None)
 
     @cached_property
     def _sizes(self) -> list[int]:
-        """Sizes from the first of all ranges to the last: two an octave, and the ends of ranges."""
+        """Sizes from the first of all ranges to the last: two an octave, with the ends of ranges."""
         spans = [entry.manager.compile_range for entry in self.entries]
         ends = {end for span in spans if span for end in (span.start, span.end)}
         if not ends or not any(entry.analysis.problem.pricing.is_dynamic for entry in self.entries):

@@ -1,4 +1,4 @@
-"""Facts about FX nodes: what they are, what they hold, where they come from."""
+"""Facts about FX nodes: ops, values, and where they come from."""
 
 import functools
 import itertools
@@ -29,7 +29,7 @@ ORDER_KEEPING = (
 
 
 class Call(fx.Node):
-    """An FX node that calls a function, for type checkers: its arguments are what the function's schema says."""
+    """An FX node that calls a function, for type checkers: its arguments follow the function's schema."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -47,8 +47,8 @@ def targets_of(graph: fx.Graph) -> list[Any]:
 
 
 def arguments(call: fx.Node) -> tuple[Any, ...]:
-    """What a function is called with, in the order of its schema, defaults where the call leaves them out. Of what has
-    no schema as the call has it, by name behind the others.
+    """The arguments of a call, in the order of its schema, with defaults where the call leaves them out. Without a
+    schema: as in the call, keyword arguments last.
     """
     if not isinstance(call.target, torch._ops.OpOverload):
         return *call.args, *sorted(call.kwargs.items())
@@ -67,7 +67,7 @@ def _schema_of(target: torch._ops.OpOverload) -> tuple[tuple[str, ...], tuple[An
 
 
 def other_operand(call: fx.Node, operand: object) -> object:
-    """Of an op with two operands the one that isn't `operand`."""
+    """The other operand of a binary op."""
     left, right = call.args
     return right if left is operand else left
 
@@ -86,7 +86,7 @@ def is_on_cpu(graph: fx.Graph) -> bool:
 
 
 def fill_of(node: object) -> float | None:
-    """What a node's value is everywhere, or None where it is no such constant."""
+    """The constant that fills a node's value, or None where it is no such constant."""
     if not is_call(node, aten.full.default) or not isinstance(node.args[1], (int, float)):
         return None
     return node.args[1]
@@ -110,7 +110,7 @@ def signature_text(value: torch.Tensor) -> str:
 
 
 def dtype_name(node: object) -> str:
-    """That of a node's value."""
+    """The name of a node's dtype."""
     return dtype_text(dtype_of(node))
 
 
@@ -193,13 +193,13 @@ def is_attention(node: fx.Node) -> bool:
 
 
 def is_attention_op(target: object) -> bool:
-    """Whether a function is one of them."""
+    """Whether a function is one of torch's attention ops."""
     return isinstance(target, torch._ops.OpOverload) and str(target).startswith("aten._scaled_dot_product_")
 
 
 def drops_nothing(node: fx.Node) -> bool:
-    """Whether a node calls an op that may drop elements at random, which is why torch takes it for one that draws
-    numbers, and is asked to drop none.
+    """Whether a node calls an op with dropout, which torch therefore tags as random, with a dropout probability
+    of 0.
     """
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
@@ -291,14 +291,14 @@ def groups_in(graph: fx.Graph) -> tuple[str, ...]:
 
 
 def is_functionalized(target: object) -> bool:
-    """Whether it is the higher-order op that calls one which writes, on copies of what that writes to."""
+    """Whether it is the higher-order op that calls a mutating op on copies of the arguments that this writes to."""
     return getattr(target, "__name__", "").startswith("auto_functionalized")
 
 
 def written_in_place(node: fx.Node) -> str | None:
-    """What the user's model calls where a node comes from, if that is in place: `add_`, `imul`; or None.
+    """The in-place call of the user's model that a node comes from: `add_`, `imul`; or None.
 
-    Functionalization made an op of it that writes to a new tensor, and an op with its own schema a higher-order one.
+    Functionalization turned it into an op that writes to a new tensor, and a custom op into a higher-order one.
     """
     if is_functionalized(node.target):
         return str(node.args[0])
@@ -324,10 +324,10 @@ def module_path(node: fx.Node) -> str | None:
 
 @functools.lru_cache(maxsize=16384)
 def _clean_path(path: str) -> str | None:
-    """A module's path without what Dynamo and wrappers put into it.
+    """A module's path without the parts that Dynamo and wrappers add.
 
-    Dynamo starts with where it found the root: `L['self']` of a module's own forward, `L['fn']` of what is called by
-    fuseplan or by a wrapper, `L['fn'].__self__` of a bound method, `G['model']` of a global.
+    Dynamo starts with where it found the root: `L['self']` for a module's own forward, `L['fn']` for a function that
+    fuseplan or a wrapper calls, `L['fn'].__self__` for a bound method, `G['model']` for a global.
     """
     root = _ROOT.match(path)
     if root:

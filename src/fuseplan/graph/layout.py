@@ -43,7 +43,7 @@ BY_LAYOUT = (
     torch.ops.prims.as_strided.default,
     torch.ops.prims.view_of_dtype.default,
 )
-"""Ops of torch whose result, or whose being legal, depends on strides. What may copy instead is an `aten.reshape`."""
+"""Ops of torch whose result or legality depends on strides. One that may copy instead is an `aten.reshape`."""
 
 WRITTEN_LATER = (
     torch.ops.aten._unsafe_index_put.default,
@@ -69,20 +69,20 @@ READ_ONLY = ("cond", "flex_attention", "invoke_subgraph")
 
 
 def computed(target: Any, args: Any, kwargs: Any) -> Any:
-    """What a function yields, on fake tensors where its arguments are fake."""
+    """A function's result, on fake tensors where its arguments are fake."""
     if target is operator.getitem:
         return target(*args)
     if target is aten.slice.Tensor and not kwargs and (part := slice_of(*args)) is not None:
         return part
     tensors = pytree.tree_leaves((args, kwargs))
-    # Not that of a user who explains a model under a mode of their own.
+    # Not the fake mode of a user who explains a model under one.
     mode = next((each.fake_mode for each in tensors if isinstance(each, FakeTensor)), None) or detect_fake_mode()
     with mode if mode is not None else torch.no_grad():
         return target(*args, **kwargs)
 
 
 def storage_of(value: Tensor) -> int:
-    """What tensors that share memory have in common, by which Inductor tells them too."""
+    """Equal for tensors that share memory; Inductor uses it, too."""
     return int(value.untyped_storage()._cdata)
 
 
@@ -110,8 +110,8 @@ def same_layout(left: Tensor, right: Tensor) -> bool:
 
 
 def memory_order(value: Tensor) -> tuple[int, ...] | None:
-    """The dimensions of a tensor that fills its memory, the outermost in memory first; None of one that has gaps,
-    overlaps, or strides of which that isn't known.
+    """The dimensions of a tensor that fills its memory, the outermost in memory first; None where it has, or may have,
+    gaps or overlaps.
     """
     if is_dense(value):
         return tuple(range(value.dim()))
@@ -134,8 +134,8 @@ def _is_one_of(stride: Any, *expected: Any) -> bool:
 
 
 def is_reordered(value: Tensor, promise: Tensor) -> bool:
-    """Whether strides may come in another order than promised, so that what is computed of a tensor element by element
-    lies otherwise, too: it lies as the tensor would without its gaps.
+    """Whether strides may come in another order than promised. Elementwise results then have another layout, too: that
+    of the tensor without its gaps.
     """
     if same_layout(value, promise):
         return False
@@ -147,7 +147,7 @@ def is_reordered(value: Tensor, promise: Tensor) -> bool:
 
 def carriers(node: fx.Node, skipped: Collection[fx.Node], *, reordered: bool) -> Iterator[fx.Node]:
     """The nodes whose layout follows from a node's: itself, views of it, and where strides change their order, also
-    what is computed from it element by element.
+    elementwise results.
 
     Args:
         node: the value.
@@ -175,8 +175,8 @@ def _follows(user: fx.Node, *, reordered: bool) -> bool:
 
 
 def layout_reader(node: fx.Node, skipped: Collection[fx.Node], *, reordered: bool) -> fx.Node | None:
-    """The first node found that can tell how a value lies in memory, or with what it shares it; None where there is
-    none: ops of torch that are functions of elements alone can't, whatever else can.
+    """The first node found that can tell a value's layout, or its aliases; None where there is none. Ops of torch that
+    only depend on elements can't; all others can.
 
     Args:
         node: the value.
@@ -191,7 +191,7 @@ def layout_reader(node: fx.Node, skipped: Collection[fx.Node], *, reordered: boo
 
 
 def _sees(user: fx.Node, node: fx.Node) -> bool:
-    """Whether a node's result depends on an argument's memory layout."""
+    """Whether a node's result depends on an argument's layout."""
     target = user.target
     if is_call(user, operator.getitem):
         return False

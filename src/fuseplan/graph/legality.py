@@ -40,11 +40,11 @@ def is_convex(nodes: Collection[fx.Node], extra_inputs: Iterable[fx.Node] = ()) 
 
 
 def is_computed_from(node: fx.Node, other: fx.Node, most: int = 100) -> bool:
-    """Whether a node of a sorted graph is known to depend on another one, from a look at up to so many nodes.
+    """Whether a node of a sorted graph is known to depend on another one, by looking at a limited number of nodes.
 
     Args:
-        node: which may depend on it.
-        other: on which it may.
+        node: the possible reader.
+        other: the node that it may depend on.
         most: where more nodes than these lie between them, nothing is known.
     """
     stack, seen = [node], {node}
@@ -59,7 +59,7 @@ def is_computed_from(node: fx.Node, other: fx.Node, most: int = 100) -> bool:
 
 
 class Contraction:
-    """Tells which groups of nodes of one graph can't all become one node each, because of a cycle.
+    """Finds groups of nodes of one graph that can't all become one node each, because of a cycle.
 
     Groups can each be convex and still form a cycle together.
 

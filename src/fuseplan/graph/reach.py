@@ -1,4 +1,4 @@
-"""What lies near a node: reached through ops that only move, cast or compute elements one by one."""
+"""The nodes near a node: reached through ops that only move or cast elements, or are elementwise."""
 
 import functools
 import operator
@@ -65,8 +65,8 @@ def is_view(node: fx.Node) -> bool:
 
 
 def stays_inside(value: fx.Node) -> bool:
-    """Whether all that reads a value, and views of it, are ops that write to nothing, and none is the output. What such
-    an op returns is either declared a view or has memory of its own.
+    """Whether only ops that write to nothing read a value and its views, and the graph doesn't return it. Results of
+    such ops are either declared views or have memory of their own.
     """
     stack, seen = [value], {value}
     while stack:
@@ -102,8 +102,8 @@ def path_between(
 
     Args:
         start: the first node on the way; a goal itself, or thin.
-        is_goal: what is looked for.
-        towards: which way.
+        is_goal: whether a node ends the search.
+        towards: the direction.
         limit: the most nodes on the way.
 
     Returns:

@@ -1,5 +1,5 @@
-"""Graphs inside a graph: what `torch.compiler.nested_compile_region` is called on, compiled once and called often, and
-the branches and bodies of control flow.
+"""Graphs inside a graph: regions of `torch.compiler.nested_compile_region`, compiled once and called often, and the
+branches and bodies of control flow.
 """
 
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def calls_of(graphs: Sequence[fx.GraphModule]) -> list[int]:
     """How often each of these graphs is run in one step, a region of control flow counted once for each that calls it.
 
     Args:
-        graphs: a region before what calls it, as Inductor compiles them.
+        graphs: a region before its callers, as Inductor compiles them.
     """
     counts: dict[fx.GraphModule, int] = {}
     for module in reversed(graphs):

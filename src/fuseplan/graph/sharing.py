@@ -1,5 +1,5 @@
-"""What a graph computes more than once: inference graphs come without common subexpressions removed, and every layer's
-attention recomputes its mask from the one comparison that all layers share.
+"""Common subexpressions: inference graphs come with them, as when every layer's attention recomputes its mask from the
+one comparison that all layers share.
 """
 
 import functools
@@ -38,7 +38,7 @@ class Shared:
     def first(self, node: fx.Node, reader: fx.Node) -> fx.Node:
         """The first node that was asked for before and has the same value; `node` itself where there is none.
 
-        Both, and who reads the value, lie between the same two mutations, so that nothing was written in between.
+        Both, and the reader of the value, lie between the same two mutations, so that nothing was written in between.
 
         Args:
             node: a value.
@@ -53,7 +53,7 @@ class Shared:
         return self._first[key]
 
     def _number(self, node: fx.Node, depth: int) -> int:
-        """Equal for nodes that compute the same: by ops and constants, down to inputs and to whatever isn't cheap."""
+        """Equal for nodes that compute the same: by ops and constants, down to inputs and to expensive ops."""
         if node not in self._known:
             if depth == MOST_DEEP or node not in self._region or not _is_cheap(node.target):
                 expression: Any = node

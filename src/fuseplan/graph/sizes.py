@@ -31,10 +31,10 @@ def _equal(left: object, right: object, step: int) -> bool:
 
 
 def _values(size: Any, symbol: Any, step: int) -> list[int] | None:
-    """A size at the first 2 * step values of its symbol, by which it is known at all of them; None where it isn't.
+    """A size at the first 2 * step values of its symbol, which determine all others; None where they don't.
 
-    So it is of a sum of the symbol and of quotients of such sums by `step`, rounded, each times a number: from one
-    value to the one that is `step` behind it, it grows by a constant.
+    They do for a sum of multiples of the symbol and of rounded quotients of such sums by `step`: when the symbol grows
+    by `step`, the size grows by a constant.
     """
     if type(size).__name__ == "Max" and len(size.args) == 2 and size.args[0] == 1:
         inner = _values(size.args[1], symbol, step)

@@ -1,4 +1,4 @@
-"""Changing FX graphs: copying, erasing what became dead, restoring topological order."""
+"""Changing FX graphs: copying, erasing dead nodes, restoring topological order."""
 
 import heapq
 from collections.abc import Iterable, Iterator
@@ -60,7 +60,7 @@ def call_function(
 
 @contextmanager
 def undone_on_error(graph: fx.Graph) -> Iterator[None]:
-    """Makes a graph what it was, names included, if what is done to it raises."""
+    """Restores a graph, names included, if the block that changes it raises."""
     copy = copy_graph(graph)[0]
     try:
         yield
@@ -82,7 +82,7 @@ def _clear(graph: fx.Graph) -> None:
 def erase_dead(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
     """Erases those of `nodes` that no node uses, and whatever becomes unused by that.
 
-    Nodes with side effects stay, but for functional all-reduces, whose results are all that they are for.
+    Nodes with side effects stay, but for functional all-reduces, which only serve their results.
 
     Returns:
         The erased nodes.

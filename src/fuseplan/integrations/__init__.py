@@ -1,1 +1,1 @@
-"""Thin adapters to other projects, each imported only when it is asked for."""
+"""Thin adapters to other projects, each imported only on request."""

@@ -1,4 +1,4 @@
-"""A configuration as the settings of a lock, and back. What a lock can't pin is refused by name."""
+"""A configuration as the settings of a lock, and back. Fields that a lock can't pin are refused by name."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def pinned(config: PassConfig) -> PassConfig:
 
 
 def settings_of(config: PassConfig, *, workload: str, device: str) -> LockSettings:
-    """The question that a configuration asks, the order of what has none left out.
+    """The lock settings of a configuration, without the order of fields that have none.
 
     Raises:
         ConfigError: it asks for something that a lock can't pin.
@@ -56,7 +56,7 @@ def settings_of(config: PassConfig, *, workload: str, device: str) -> LockSettin
 
 
 def config_of(settings: LockSettings) -> PassConfig:
-    """The configuration that asks a lock's question.
+    """The configuration with a lock's settings.
 
     Raises:
         LockError: the lock asks for something that doesn't exist.

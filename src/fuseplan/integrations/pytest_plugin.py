@@ -1,6 +1,6 @@
 """A pytest plugin: tests that fail when fusions regress, and say which, where and why.
 
-pytest loads it wherever fuseplan is installed, so that it imports torch and the rest where they are used.
+pytest loads it wherever fuseplan is installed, so it imports torch and the rest only where they are used.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from fuseplan.rules import Rule
 
 NAMES = ("fuseplan", __name__)
-"""Under which pytest may come to know this module: as an entry point, and by `-p` or `pytest_plugins`."""
+"""The names under which pytest may load this module: as an entry point, and by `-p` or `pytest_plugins`."""
 
 UPDATE = "--update-fusion-lock"
 MEANT = f"where that is meant: pytest {UPDATE}"
 FOLDER = "fusion_locks"
 WRITTEN = "fusion lock written"
-"""The property of a test under which it names locks to the process that prints the summary."""
+"""The test property that passes the names of locks to the process that prints the summary."""
 DEFAULT_DEVICE = "h200"
 LONGEST_NAME = 100
 
@@ -36,7 +36,7 @@ Inputs = Sequence[Any] | Mapping[str, Any]
 
 
 class _OtherName:
-    """Holds a name under which this module is already known by another one: pytest refuses to register it twice."""
+    """A placeholder for the second name of this module: pytest refuses to register one module twice."""
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -81,14 +81,14 @@ def assert_fusions(
         device: a profile, or its name.
         rules: fusions beside the built-in ones.
         providers: beside the built-in ones.
-        exact: rules that aren't named must not be applied at all.
+        exact: whether rules that aren't named must not be applied at all.
 
     Returns:
         The report.
 
     Raises:
         AssertionError: counts differ; the text says where the rule is and isn't applied, and why.
-        ConfigError: an unknown rule, or something that can't be asked.
+        ConfigError: an unknown rule, or an invalid argument.
     """
     __tracebackhide__ = True
     from fuseplan.errors import FuseplanError
@@ -99,7 +99,7 @@ def assert_fusions(
         wanted = _counts(expected, [rule.name for rule in rules], exact)
         report = _explained(model, inputs, config=config, device=device, rules=rules, providers=providers)
     except FuseplanError as error:
-        raise error.with_traceback(None)  # noqa: B904 - what the test reads has no lines of fuseplan
+        raise error.with_traceback(None)  # noqa: B904 - the test's traceback has no lines of fuseplan
     _warn(report)
     paragraphs = unmet(report, {**dict.fromkeys(report.rules, 0), **wanted} if exact else wanted)
     if paragraphs:
@@ -159,7 +159,7 @@ class FusionLockFixture:
         try:
             report, verdict = self._compared(model, inputs, name, asked)
         except FuseplanError as error:
-            raise error.with_traceback(None)  # noqa: B904 - what the test reads has no lines of fuseplan
+            raise error.with_traceback(None)  # noqa: B904 - the test's traceback has no lines of fuseplan
         _warn(report)
         if verdict is not None and not verdict.passed:
             raise AssertionError(verdict.text)
@@ -168,7 +168,7 @@ class FusionLockFixture:
     def _compared(
         self, model: Callable[..., Any], inputs: Inputs, name: str | None, asked: Mapping[str, Any]
     ) -> "tuple[Report, Verdict | None]":
-        """The report, and the verdict on a lock; None where the lock is written. `asked` is what else is asked."""
+        """The report, and the verdict on a lock; None where the lock is written. `asked` has the other arguments."""
         __tracebackhide__ = True
         from fuseplan.config import PassConfig
         from fuseplan.errors import ConfigError, LockError
@@ -210,11 +210,11 @@ def lock_path(test_file: Path, nodeid: str, name: str | None = None) -> Path:
     Args:
         test_file: the file with the test.
         nodeid: pytest's id of the test.
-        name: of one of several locks of the test; what stands before it is the test's, so that no other has it.
+        name: of one of several locks of the test; prefixed by the test's name, so that it is unique.
     """
     test, bracket, parameters = nodeid.partition("::")[2].partition("[")
     own = f"{test.replace('::', '.')}{'-' if bracket else ''}{parameters.removesuffix(']')}"
-    # No name of a test or of parameters keeps a plus, and so none is taken for one with a name behind it.
+    # Names of tests and parameters lose their plus signs, so none is mistaken for one with a lock's name.
     full, plain = ("+".join(map(change, (own, *([name] if name else [])))) for change in (str, _plain))
     plain = plain.lstrip(".")
     if plain != full or len(plain) > LONGEST_NAME:
@@ -240,7 +240,7 @@ def _write(path: Path, lock: "FusionLock") -> bool:
 
 
 def _read(path: Path, shown: str, settings: "LockSettings") -> "FusionLock":
-    """The lock, if it is there and is the answer to the same question."""
+    """The lock, if it is there and has the same settings."""
     __tracebackhide__ = True
     from fuseplan.errors import LockError
     from fuseplan.report import FusionLock
@@ -283,7 +283,7 @@ def _explained(model: Callable[..., Any], inputs: Inputs, *, config: "PassConfig
 
 
 def _warn(report: "Report") -> None:
-    """Shows the warnings of a report at the line of the test that called who calls this."""
+    """Shows the warnings of a report at the test's line that called the caller of this."""
     from fuseplan.errors import FuseplanWarning
     from fuseplan.report.text import warnings_of
 
@@ -294,7 +294,7 @@ def _warn(report: "Report") -> None:
 
 @contextlib.contextmanager
 def _quiet_traces() -> Iterator[None]:
-    """Keeps torch's trace of a compilation, hundreds of lines, from what pytest shows of a failure."""
+    """Keeps torch's trace of a compilation, hundreds of lines, out of pytest's output for a failure."""
     logger = logging.getLogger("torch.__trace")
     handlers = [handler for handler in logger.handlers if type(handler).__module__.startswith("_pytest.")]
     for handler in handlers:
@@ -307,7 +307,7 @@ def _quiet_traces() -> Iterator[None]:
 
 
 def _counts(expected: object, further: Sequence[str], exact: bool) -> dict[str, int]:
-    """The expected counts, if they can be.
+    """The expected counts, if they are valid.
 
     Raises:
         ConfigError: an unknown rule, something that is no count, or nothing at all.

@@ -13,11 +13,11 @@ from fuseplan.integrations.styles import KEEPS_COLUMNS, Split, style_of
 from fuseplan.record.report import MOST_RANKS
 
 EMBEDDING = "embed_tokens"
-"""What newer transformers split in every model that has a plan, whether the plan names it or not."""
+"""Newer transformers split it in every model that has a plan, whether the plan names it or not."""
 
 
 class BasePlan(NamedTuple):
-    """How a configuration says to split its model, below the head.
+    """A configuration's plan for splitting its model, below the head.
 
     Attributes:
         tensors: its `tp_plan`, style by name below the base model; empty where it has none.
@@ -69,10 +69,10 @@ def _counts(value: Any) -> Sequence[int]:
 
 
 def plan_note(config: Any) -> str | None:
-    """A note on how `shard` splits a model by its own plan: None where that is its `tp_plan`.
+    """A note on how `shard` splits a model by its own plan; None where that is its `tp_plan`.
 
     A model whose `tp_plan` names no module of a layer, and whose `ep_plan` says how to split its experts, such as
-    GPT-OSS, is split by that too; one without the latter has its embedding split alone.
+    GPT-OSS, is split by that, too; without an `ep_plan` only its embedding is split.
     """
     base = BasePlan.of(config)
     is_whole = not any("*" in key for key in base.tensors)
@@ -84,10 +84,10 @@ def plan_note(config: Any) -> str | None:
 
 
 def unmatched_note(model: nn.Module) -> str | None:
-    """Names the keys of a model's own plan whose part of the model isn't there, or has other names: it isn't split.
+    """Names the keys of a model's own plan that match nothing: those parts aren't split.
 
-    A plan names what some layers have and others don't, such as the dense MLP of a model with experts. So a key is
-    named where no other key matches in its part of a layer.
+    A plan names modules that only some layers have, such as the dense MLP of a model with experts. So a key is named
+    where no other key matches in its part of a layer.
     """
     plan = _own_plan(model)
     unmatched = plan.unmatched(model)
@@ -109,7 +109,7 @@ def shard(model: nn.Module, group: dist.ProcessGroup, where: str, plan: Mapping[
 
     Collectives are functional and come from hooks, so that `torch.compile` traces the model whole. A bias that is added
     to a sum over the ranks stays on the first rank and is zero on the others: the ranks' graphs are equal, and nothing
-    stands between the all-reduce and what follows it.
+    stands between the all-reduce and its reader.
 
     Args:
         model: on the meta device, fake or real; the model's own code isn't touched.
@@ -168,18 +168,18 @@ def _without_numbers(name: str) -> str:
 
 
 def _own_plan(model: Any) -> _Plan:
-    """What transformers itself resolved, with the names that modules have in this very class."""
+    """The plan that transformers itself resolved, with this class's names of modules."""
     base = BasePlan.of(model.config)
     head = getattr(type(model), "_tp_plan", None) or {}
     tensors = {key: style for key, style in (getattr(model, "_tp_plan", None) or {}).items() if key not in head}
     if EMBEDDING not in base.tensors:
         tensors = {key: style for key, style in tensors.items() if key.rpartition(".")[2] != EMBEDDING}
     experts = (getattr(model, "_ep_plan", None) or {}) if base.experts else {}
-    # As transformers decides it: what is split by expert isn't split by tensor.
+    # As in transformers: parameters split by expert aren't split by tensor.
     by_expert = tuple(f"{key}." for key in experts)
     tensors = {key: style for key, style in tensors.items() if not f"{key}.".startswith(by_expert)}
     styles = {**tensors, **experts}
-    # A model whose prefix names no module takes itself for its base, and has every key with its path and without.
+    # A model whose prefix names no module is its own base, and has every key with its path and without.
     paths = tuple(styles)
     styles = {key: style for key, style in styles.items() if not any(path.endswith(f".{key}") for path in paths)}
     return _Plan({**styles, **head}, frozenset(styles)) if styles else _Plan({})

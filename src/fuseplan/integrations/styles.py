@@ -1,4 +1,4 @@
-"""How an entry of a plan of transformers splits a module: its weights, and what stands before and behind it."""
+"""How an entry of a transformers plan splits a module: its weights, and the ops before and after it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ class Style:
     """How one entry of a plan splits a module or a parameter.
 
     Attributes:
-        dim: the dimension of a weight that is split; None: nothing is.
-        output: what happens to the module's result: kept, summed over the ranks, or gathered along the last dimension.
+        dim: the dimension along which weights are split; None: they aren't.
+        output: the op on the module's result: `keep` it, `sum` over the ranks, or `gather` along the last dimension.
         packed: the dimension holds two halves (gate and up), each of which is split.
         splits_input: the input is whole and the module takes its slice of the last dimension.
         divides_input: the module's result is the same on every rank, and is summed later.
@@ -37,7 +37,7 @@ class Style:
 
     @property
     def pads(self) -> bool:
-        """Whether a size that the ranks don't divide will do: what the last ranks have too much is cut off later."""
+        """Whether a size may be indivisible by the ranks: the excess of the last ranks is cut off later."""
         return self.output == "gather" or self.looks_up
 
 
@@ -59,12 +59,12 @@ STYLES = {
     "moe_identity_expert": Style(divides_input=True),
     "grouped_gemm": _BY_EXPERT,
     "ep_dispatch_experts": Style(output="sum", routes=True),
-    # These differ from a whole module in what becomes of gradients, or in what transformers wraps a tensor into.
+    # These only differ from a whole module in their gradients, or in transformers' wrapper of a tensor.
     "replicated_with_grad_allreduce": _WHOLE,
     "mla_kv_a_proj": _WHOLE,
     "local_params": _WHOLE,
     "replicate": _WHOLE,
-    # What the first releases of transformers 5 called them. Their router masks the experts of other ranks; here the
+    # Their names in the first releases of transformers 5. Their router masks the experts of other ranks; here the
     # experts do that themselves, as they do in later releases.
     "colwise_rep": _GATHERED,
     "rowwise_rep": _SLICED,
@@ -75,7 +75,7 @@ STYLES = {
     "gather": _SUM,
     "ep_router": _WHOLE,
 }
-"""By the names that transformers 5.0 to 5.24 use in their plans."""
+"""Styles by the names that transformers 5.0 to 5.24 use in their plans."""
 
 KEEPS_COLUMNS = frozenset(name for name, style in STYLES.items() if style.dim == -2 and style.output == "keep")
 
@@ -122,7 +122,7 @@ class Split:
             self.module.register_forward_hook(_sum(self.group) if style.output == "sum" else _gather(self.group, size))
 
     def _size(self, style: Style) -> int | None:
-        """Of the last dimension of what is gathered; None where nothing is."""
+        """The size of the last dimension of the gathered result; None where nothing is gathered."""
         if style.output != "gather":
             return None
         weight: Tensor = self.module.weight
@@ -163,7 +163,7 @@ class Split:
 
 def _sum(group: dist.ProcessGroup) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        if isinstance(output, tuple):  # experts and, beside them, what their router says
+        if isinstance(output, tuple):  # of experts, beside their router's output
             return (collectives.all_reduce(output[0], "sum", group), *output[1:])
         return collectives.all_reduce(output, "sum", group)
 
@@ -189,9 +189,9 @@ def _change_input(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
 
 
 def _look_up_own_rows(module: Any, group: dist.ProcessGroup) -> None:
-    """Lets an embedding look up the ids whose rows this rank has; of all others it yields zeros.
+    """Lets an embedding look up the ids whose rows this rank has; all others yield zeros.
 
-    A hook before it would lose the ids that one behind it needs.
+    A hook before it would lose the ids that the one after it needs.
     """
     forward, rows, rank = module.forward, module.weight.shape[0], group.rank()
     module.padding_idx = None  # the row without a gradient, which would have to be one of this rank's
@@ -206,12 +206,12 @@ def _look_up_own_rows(module: Any, group: dist.ProcessGroup) -> None:
 
 
 SKIPS_ABSENT_EXPERTS = "_is_expert_parallel"
-"""What transformers itself sets on experts that it splits, where these leave out rows of experts that aren't there."""
+"""The attribute that transformers itself sets on split experts that skip rows of absent experts."""
 
 
 def _route(module: Any, group: dist.ProcessGroup) -> Callable[..., Any]:
-    """Numbers experts as a rank does that has a part of them. Rows of the others weigh nothing; experts that can skip
-    them get a number one past their last.
+    """Renumbers experts for a rank that has a part of them. Rows of absent experts get weight 0; experts that can skip
+    rows get a number one past their last for these.
     """
     count = module.num_experts // group.size()
     module.num_experts = count

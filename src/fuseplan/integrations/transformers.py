@@ -21,19 +21,19 @@ from fuseplan.record.report import MOST_LAYERS
 from fuseplan.record.text import one_line
 
 LARGEST_BYTES = 16 * 2**20
-"""Of a config.json; the largest list the labels of their classifiers."""
+"""The largest config.json that is read; the largest ones list the labels of their classifiers."""
 
 BUILT_IN_ATTENTION = ("eager", "sdpa")
 """Others may be fetched from the network, and run."""
 
 MOST_COUNTED = 2**20
-"""Of whatever a configuration counts: transformers makes lists of so many."""
+"""The most of anything that a configuration counts: transformers makes lists of that length."""
 
 _LAYERS = re.compile(r"layers?$|blocks?$|depths?$|first_k_dense_replace")
 _SIZES = re.compile(
     r"(?<!kernel_)size|dim|vocab|head|position|length|len$|window(?!_k)|theta|base|factor|token|_ids?$|seed|max"
 )
-"""Names of integers that no list is made of, which may be as large as they like."""
+"""Names of integers that no list is made from; their size isn't limited."""
 
 
 def load_config(path: Path) -> Any:
@@ -53,7 +53,7 @@ def load_config(path: Path) -> Any:
 
 
 def config_from_dict(data: Mapping[str, Any], where: str) -> Any:
-    """A transformers configuration from its fields: of the language model alone where there is more to the model.
+    """A transformers configuration from its fields: of the language model alone where the model has other parts.
 
     Raises:
         WorkloadError: see `load_config`.
@@ -76,14 +76,14 @@ def config_from_dict(data: Mapping[str, Any], where: str) -> Any:
     except Exception as error:
         raise WorkloadError(f"{where}: transformers can't read it: {one_line(error)}") from error
     for each in (text, config):
-        # A `text_config` that the model's own configuration doesn't know of stays what the file has.
+        # A `text_config` that the model's own configuration doesn't know stays as in the file.
         if getattr(each, "model_type", None) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             return each
     raise unknown
 
 
 def _without_code(data: Any) -> Any:
-    """A configuration, or a part of one, without what names code to fetch and run."""
+    """A configuration, or a part of one, without the fields that name code to fetch and run."""
     if not isinstance(data, Mapping):
         return data
     return {
@@ -94,7 +94,7 @@ def _without_code(data: Any) -> Any:
 
 
 def _read(kind: Any, fields: Mapping[str, Any]) -> Any:
-    """The configuration that transformers reads from a file: it knows what its own files have beside plain JSON."""
+    """The configuration that transformers reads from a file: it knows its own extensions of JSON."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(fields), encoding="utf-8")
@@ -114,7 +114,7 @@ def _numbers(data: Any, name: str = "") -> Iterator[tuple[str, float]]:
 
 
 def _check_count(name: str, value: float, where: str) -> None:
-    """Refuses what would keep transformers busy before it could refuse anything.
+    """Refuses counts that would keep transformers busy before it could refuse them.
 
     Raises:
         WorkloadError: there are more layers than `MOST_LAYERS`, or more than `MOST_COUNTED` of something else.
@@ -185,7 +185,7 @@ def is_language_model(model: object) -> bool:
 
 
 def decoding_step(model: Any, batch: int, context: int) -> dict[str, Any]:
-    """Arguments of a step that decodes one token for each sequence on a static cache, which is there already.
+    """Arguments of a step that decodes one token for each sequence on a static cache that already exists.
 
     Args:
         model: a causal language model.

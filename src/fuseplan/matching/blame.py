@@ -1,4 +1,4 @@
-"""What is to be said of the obstacles at a place: of those that decide, each kind of place tried once a graph."""
+"""Explanations of obstacles at a place, the decisive ones alone; each kind of place is tried once a graph."""
 
 from dataclasses import replace
 
@@ -12,14 +12,14 @@ from fuseplan.matching.trial import Place, Way, decisive
 
 
 class Shared:
-    """What rules with the same parts find alike: read once a graph."""
+    """Facts that rules with the same parts share: read once a graph."""
 
     def __init__(self, canonical: CanonicalGraph) -> None:
         self.canonical, self.siblings = canonical, Siblings(canonical)
         self._decisive: dict[tuple[object, ...], tuple[list[int], bool]] = {}
 
     def obstruction(self, place: Place, consumer: fx.Node) -> Obstruction:
-        """What is to be said of the obstacles between two ops: of those without which the rule would match."""
+        """Explains the obstacles between two ops: those without which the rule would match."""
         way = place.ways[0]
         calls = [(node.target, len(node.users)) for node in place.calls]
         key = (place.members[0].name, consumer.target, *map(_kind_of_way, place.ways), *calls)
@@ -32,7 +32,7 @@ class Shared:
 
 
 def _kind_of_way(way: Way) -> str:
-    """What ways have in common of which the same obstacles decide."""
+    """Equal for ways with the same decisive obstacles."""
     kinds = []
     for node in (*way.nodes, way.goal):
         constants = [each for each in node.args if not isinstance(each, fx.Node)]

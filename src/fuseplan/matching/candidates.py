@@ -1,4 +1,4 @@
-"""Every match of every rule on one unmodified canonical graph, and what was refused."""
+"""Every match of every rule on one unmodified canonical graph, and every refusal."""
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -56,11 +56,11 @@ def find_matches(
         canonical: the graph.
         rules: members by rule name.
         providers: those that may run fused ops.
-        device: a profile whose providers are taken as present; None: those of this machine.
+        device: a profile whose providers are assumed present; None: this machine's providers.
         allow_rounding_changes: whether a kernel that rounds elsewhere than the graph may take its place.
         rows_of: up to how many rows of a tensor of the graph are planned for, and how many it has at most, infinity
             where nothing limits them; None: nobody asks.
-        external: matches of others' passes, whose replacements read values in ways of their own.
+        external: matches of other people's passes, whose replacements may depend on layouts.
     """
     outside = {node: match.anchor for match in external for node in external_inputs(match.consumed)}
     layouts = Layouts.of(canonical, outside)
@@ -122,10 +122,10 @@ def matches_of(rule: Rule, canonical: CanonicalGraph) -> Iterator[tuple[Match, R
 
 
 class _Calls:
-    """What the nodes of one graph call.
+    """The functions that the nodes of one graph call.
 
     Attributes:
-        targets: all that any of them calls.
+        targets: all functions that are called.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -137,7 +137,7 @@ class _Calls:
 
     @classmethod
     def of(cls, canonical: CanonicalGraph) -> "_Calls":
-        """Those of a graph, read once for all rules."""
+        """The calls of a graph, read once for all rules."""
         known: _Calls | None = canonical.known.get(cls)
         if known is None:
             canonical.known[cls] = known = cls(canonical.graph)
@@ -151,7 +151,7 @@ class _Calls:
 
 
 def _complete(rule: Rule, values: Mapping[str, Any], found: Mapping[fx.Node, fx.Node]) -> Match:
-    """Adds further results to what the pattern matched."""
+    """Adds further results to the nodes that the pattern matched."""
     traced = rule.traced_pattern
     located: dict[fx.Node, fx.Node | None] = dict(found)
     for node in traced.outputs:
@@ -167,7 +167,7 @@ def _complete(rule: Rule, values: Mapping[str, Any], found: Mapping[fx.Node, fx.
 
 
 def _refused(canonical: CanonicalGraph, match: Match) -> Refusal | None:
-    """Checks what a pattern can't say."""
+    """Checks the conditions that a pattern can't express."""
     rule = match.rule
     return (
         _stray_user(canonical, match)
@@ -209,7 +209,7 @@ def _own_input(canonical: CanonicalGraph, match: Match) -> Refusal | None:
 
 
 def _restrided(canonical: CanonicalGraph, match: Match) -> Refusal | None:
-    """What a fused op yields need not lie in memory as the value that it replaces."""
+    """The fused op's result may have other strides than the value it replaces, and a reader uses those."""
     for node in match.outputs:
         reader = strided_reader(node) if node is not None else None
         if node is not None and reader is not None:
@@ -223,7 +223,7 @@ def _restrided(canonical: CanonicalGraph, match: Match) -> Refusal | None:
 
 
 def _unkept(canonical: CanonicalGraph, match: Match, unkept: Unkept) -> Refusal:
-    """A reader sees that what the fused op yields doesn't lie in memory as the value that it replaces."""
+    """A reader can tell that the fused op's result has another layout than the value it replaces."""
     reader, node = unkept.reader, unkept.node
     names = (reader.name, canonical.source_node(node).name)
     how = "is returned from the graph" if reader.op == "output" else f"{op_name(reader)} ({names[0]}) reads it"
@@ -262,7 +262,7 @@ def _illegal(canonical: CanonicalGraph, match: Match) -> Refusal | None:
 
 
 def _write_to(writers: Iterable[fx.Node], nodes: Iterable[fx.Node]) -> bool:
-    """Whether in-place ops may write to what some nodes read or yield."""
+    """Whether in-place ops may write to inputs or outputs of some nodes."""
     memory = _storages([each for node in nodes for each in (node, *node.all_input_nodes)])
     return not memory.isdisjoint(_storages([source for writer in writers for source in writer.all_input_nodes]))
 
@@ -284,7 +284,7 @@ def _unknown_group(match: Match) -> Refusal | None:
 
 
 def _placed(canonical: CanonicalGraph, match: Match, refusal: Refusal | None) -> Refusal | None:
-    """A rule's refusal with the names of the user's graph, and its place: the line that reads what is refused."""
+    """A rule's refusal with the names of the user's graph, and its place: the line that reads the refused value."""
     if refusal is None:
         return None
     read = {value.name: (value, node) for node in reversed(match.consumed) for value in node.all_input_nodes}
@@ -304,7 +304,7 @@ def missing_ops(canonical: CanonicalGraph, members: Iterable[Rule]) -> list[str]
 
 
 def op_name(node: fx.Node) -> str:
-    """What a node calls: a dialect op by its name, an op that was made functional by what it was before."""
+    """The name of a node's op: a dialect op's own, a functionalised op's in-place one."""
     if isinstance(node.target, torch._ops.OpOverload):  # nearly all
         return op_text(node.target)
     if is_call(node, operator.getitem) and isinstance(node.args[0], fx.Node):

@@ -1,8 +1,8 @@
 """Passes that others wrote as `PatternMatcherPass` objects, read without applying them.
 
-A pass can be planned if all that it does is replace what it matches (`register_replacement`). One that runs a function
-on the graph is procedural, and one whose patterns hold an op that another pass puts in is chained to that one: these
-run where their owner put them.
+A pass can be planned if it only replaces its matches (`register_replacement`). One that runs a function on the graph is
+procedural, and one whose patterns hold an op that another pass puts in is chained to that one: these run where their
+owner put them.
 """
 
 import inspect
@@ -33,14 +33,14 @@ GraphPass: TypeAlias = Callable[..., Any]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ExternalPass:
-    """Somebody's pass, and what a match of it is worth.
+    """Somebody's pass, and the saving of a match.
 
     Attributes:
         matcher: a `torch._inductor.pattern_matcher.PatternMatcherPass`, unmodified.
         name: unique; default: the pass's own name.
-        saving_us: what each match saves; None: one kernel launch, since a replacement usually is one kernel less.
-        uuid: what tells its patterns, replacements, checks and kernels from former ones, or a function that returns it:
-            compiled graphs, and what came of verifying it, are cached under it. None: they are not cached, unless the
+        saving_us: the saving of each match; None: one kernel launch, since a replacement usually is one kernel less.
+        uuid: identifies the version of its patterns, replacements, checks and kernels, or a function that returns it:
+            compiled graphs, and the results of verification, are cached under it. None: they are not cached, unless the
             matcher has a `uuid` of its own.
 
     Raises:
@@ -65,12 +65,12 @@ class ExternalPass:
 
     @property
     def entries(self) -> list[PatternEntry]:
-        """Everything that is registered in the pass."""
+        """All entries registered in the pass."""
         return [entry for entries in self.matcher.patterns.values() for entry in entries]
 
     @property
     def is_procedural(self) -> bool:
-        """Whether it does more than replace what it matches."""
+        """Whether it does more than replace its matches."""
         return not all(isinstance(entry, ReplacementPatternEntry) for entry in self.entries)
 
 
@@ -84,8 +84,8 @@ class ExternalMatch:
         anchor: the node at which the pattern was matched.
         consumed: the nodes that it replaces, in graph order.
         ordinal: of the pass's matches, in graph order.
-        emits: what the replacement calls.
-        found: what Inductor's matcher found there, with the replacement traced for these very shapes.
+        emits: the ops that the replacement calls.
+        found: the match of Inductor's matcher, with the replacement traced for these very shapes.
     """
 
     owner: ExternalPass
@@ -98,13 +98,13 @@ class ExternalMatch:
 
     @property
     def replacement(self) -> fx.GraphModule:
-        """What is put in, a function of `arguments`."""
+        """The replacement, a function of `arguments`."""
         assert self.found.replacement_graph is not None
         return self.found.replacement_graph
 
     @property
     def arguments(self) -> list[Any]:
-        """What the replacement is called with, in the order of its placeholders: nodes and plain values."""
+        """The replacement's arguments, in the order of its placeholders: nodes and plain values."""
         assert isinstance(self.entry, ReplacementPatternEntry)
         return self.entry.normalize_args(*self.found.args, **self.found.kwargs)
 
@@ -117,7 +117,7 @@ class ExternalMatch:
 
     @property
     def variables(self) -> dict[fx.Node, str]:
-        """What the pattern calls the nodes that it reads."""
+        """The pattern's names for the nodes that it reads."""
         named = {name: value for name, value in self.found.kwargs.items() if isinstance(value, fx.Node)}
         return {node: name for name, node in named.items()}
 
@@ -143,7 +143,7 @@ class ExternalMatch:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ChainedPass:
-    """A pass of replacements that runs where its owner put it, since it matches what an earlier one puts in.
+    """A pass of replacements that runs where its owner put it, since it matches ops that an earlier one puts in.
 
     Attributes:
         owner: the pass.
@@ -152,7 +152,7 @@ class ChainedPass:
     owner: ExternalPass
 
     def matches(self, graph: fx.Graph) -> list[ExternalMatch]:
-        """What it would replace in a graph now."""
+        """Its matches in a graph now."""
         return list(_matches(graph, self.owner, mutation_regions(graph)))
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -162,11 +162,11 @@ class ChainedPass:
 
 @dataclass(frozen=True, kw_only=True)
 class ExternalMatches:
-    """What passes of others match on an unmodified graph.
+    """The matches of other people's passes on an unmodified graph.
 
     Attributes:
         candidates: of passes that can be planned.
-        before: passes that run before the plan, and after nothing that is planned.
+        before: passes that run before the plan: no planned pass precedes them.
         after: passes that run after the plan, in their order.
     """
 
@@ -256,12 +256,12 @@ def _match(entry: PatternEntry, node: fx.Node) -> InductorMatch | None:
 
 
 def _closed_over(function: object, name: str) -> Any:
-    """What a function's own functions know by that name, None where there is nothing."""
+    """The variable of that name in a function's closure, None where there is none."""
     return inspect.getclosurevars(function).nonlocals.get(name) if inspect.isfunction(function) else None
 
 
 GLUE = frozenset({"auto_functionalized", "auto_functionalized_v2", "empty", "empty_like", "getitem", "reshape", "view"})
-"""What holds ops together and stands in most patterns and replacements: no op that one pass puts in for another."""
+"""Ops that most patterns and replacements contain: none of them chains one pass to another."""
 
 
 def _calls(replacement: fx.GraphModule | None) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What a user can do about an obstacle: only what leaves the result as it is, but for the order of additions."""
+"""Fixes for an obstacle: only those that keep the result, but for the order of additions."""
 
 from torch import fx
 
@@ -8,11 +8,11 @@ from fuseplan.rules.parts import Epilogue, Prologue, part_at
 
 
 def hint(node: fx.Node, goal: fx.Node, consumer: fx.Node) -> str | None:
-    """What puts an obstacle elsewhere, or None where nothing that computes the same is known.
+    """How to move an obstacle out of the way, or None where no equivalent rewrite is known.
 
     Args:
         node: the obstacle.
-        goal: the op before it, a prologue or what an epilogue should read.
+        goal: the op before it: a prologue, or the op that an epilogue should read.
         consumer: the op after it.
     """
     if is_call(node, aten.clone.default):

@@ -27,8 +27,8 @@ class CompiledPattern:
     more than its first result.
 
     Attributes:
-        target: what an anchor calls.
-        item: where that takes an item, (what it is an item of, index).
+        target: the function that an anchor calls.
+        item: for a `getitem`, (the producer's function, index).
     """
 
     def __init__(self, traced: Traced) -> None:
@@ -39,7 +39,7 @@ class CompiledPattern:
 
     @cached_property
     def expression(self) -> PatternExpr:
-        """It as an Inductor pattern expression, for `PatternMatcherPass` and its like."""
+        """The pattern as an Inductor pattern expression, for `PatternMatcherPass` and the like."""
         return self._by_node[self._anchor]
 
     @cached_property
@@ -124,7 +124,7 @@ class CompiledPattern:
 
 
 def item_of(node: fx.Node) -> tuple[Any, Any] | None:
-    """(what the producer calls, index) of a node that takes an item, None of any other."""
+    """(the producer's function, index) of a `getitem`, None of any other node."""
     if node.target is not operator.getitem or not isinstance(node.args[0], fx.Node):
         return None
     return node.args[0].target, node.args[1]

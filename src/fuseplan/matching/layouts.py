@@ -1,8 +1,8 @@
-"""What fusions yield lies in memory as the graph promised, wherever that can be seen; else it is copied, or refused.
+"""Results of fusions keep the graph's memory layout wherever a reader can tell; else they are copied, or refused.
 
-A fused op may yield a view, such as a norm that is a slice of its padded twin, or strides of its own. Where only ops
-read it that are functions of elements, nobody can tell. Where anybody can, a copy with the promised strides and memory
-of its own takes its place, which the plan pays for.
+A fused op may yield a view, such as a norm that is a slice of its padded twin, or strides of its own. Elementwise
+readers can't tell. Where a reader can, the value is copied to the promised strides, in memory of its own, and the plan
+pays for the copy.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,17 +28,17 @@ from fuseplan.graph.layout import (
 from fuseplan.matching.match import Match
 
 Kind: TypeAlias = tuple[Any, ...]
-"""What matches are alike in; see `Layouts.kind_of`."""
+"""The key that equal matches share; see `Layouts.kind_of`."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Unkept:
-    """A promise that can't be kept: someone sees how a value lies, and no copy lies so.
+    """A promise that can't be kept: a reader depends on a value's layout, and no copy can have it.
 
     Attributes:
         node: the value, in the canonical graph.
-        reader: who sees it, in the original graph.
-        detail: what it was to be and what it would be.
+        reader: the node that depends on it, in the original graph.
+        detail: the promised layout and the actual one.
     """
 
     node: fx.Node
@@ -53,13 +53,13 @@ class _Landing(NamedTuple):
         place: of the result, among all.
         node: the value in the canonical graph.
         original: in the original one.
-        promise: what the graph promises, as a fake tensor.
-        value: what takes its place.
+        promise: its value in the graph, as a fake tensor.
+        value: its replacement.
         promised: the storage of the promise.
-        memory: what the value shares memory with: the name of a variable, or the storage of a new tensor.
-        is_kept: whether it lies as promised.
-        is_reordered: whether its strides may come in another order than promised, so that what is computed of it lies
-            otherwise, too.
+        memory: the owner of the value's memory: the name of a variable, or the storage of a new tensor.
+        is_kept: whether it has the promised layout.
+        is_reordered: whether its strides may come in another order than promised, which changes the layout of values
+            computed from it, too.
     """
 
     place: int
@@ -75,12 +75,12 @@ class _Landing(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Yielded:
-    """What a replacement yields.
+    """The results of a replacement.
 
     Attributes:
         values: its results, as fake tensors.
-        places: how each of them lies, and its storage.
-        variables: those whose tensors it was computed of, by storage.
+        places: the layout number and the storage of each of them.
+        variables: the pattern's variables that it was computed from, by storage.
     """
 
     values: tuple[Tensor, ...]
@@ -89,12 +89,12 @@ class _Yielded:
 
 
 class Layouts:
-    """The layouts of what fusions would put into one graph.
+    """The layouts of the values that fusions would put into one graph.
 
     Args:
         canonical: the graph.
-        outside: nodes of the original graph that replacements of others would read, and where these match: what they
-            put there may read anything by its strides.
+        outside: nodes of the original graph that other people's replacements would read, and where these match: a
+            replacement may read any of them by its strides.
     """
 
     def __init__(self, canonical: CanonicalGraph, outside: Mapping[fx.Node, fx.Node]) -> None:
@@ -111,14 +111,14 @@ class Layouts:
 
     @classmethod
     def of(cls, canonical: CanonicalGraph, outside: Mapping[fx.Node, fx.Node]) -> "Layouts":
-        """Those of a graph, with what is known of them already."""
+        """The layouts of a graph, with those computed before."""
         known: Layouts | None = canonical.known.get(cls)
         if known is None or known.outside != outside:
             canonical.known[cls] = known = cls(canonical, outside)
         return known
 
     def settle(self, match: Match) -> Match | Unkept:
-        """The match with what has to be copied, or why it can't be applied."""
+        """The match with the values to copy, or why it can't be applied."""
         if match not in self._settled:
             self._settled[match] = self._settle(match)
         return self._settled[match]
@@ -147,8 +147,8 @@ class Layouts:
         return match.but(copied=tuple(copied), loose=tuple(loose), yields=yielded.values)
 
     def settle_readers(self, matches: Sequence[Match]) -> list[Match]:
-        """The matches, of which a kernel takes its arguments as they lie in the graph that the others leave: what is
-        loose and read by another one is copied.
+        """The matches, with a copy of each loose value that another match reads, whose kernel takes arguments in the
+        layout that the other fusions leave.
 
         Args:
             matches: settled ones.
@@ -175,7 +175,7 @@ class Layouts:
         return value is not None and memory_order(value) is not None
 
     def _yielded(self, match: Match) -> _Yielded:
-        """What the replacement yields; computed once for arguments of one kind."""
+        """The replacement's results; computed once for arguments of one kind."""
         key = self.kind_of(match)
         if key not in self._known:
             traced, op = match.rule.trace_replacement(match.values), match.rule.op
@@ -185,7 +185,7 @@ class Layouts:
             for node in traced.graph.nodes:
                 if node.op == "call_function":
                     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: values[source])
-                    # The dispatcher would call the same, and takes as long again.
+                    # The dispatcher would call the same, and doubles the time.
                     function = op.fake if node.target is op.overload else node.target
                     values[node] = computed(function, args, kwargs)
             results = tuple(values[node] for node in traced.outputs)
@@ -193,7 +193,9 @@ class Layouts:
         return self._known[key]
 
     def _landings(self, match: Match, yielded: _Yielded) -> Iterator[_Landing]:
-        """Where the results go: to values of the original graph, or on to what is computed from one that has none."""
+        """The values of the original graph that the results replace; for a result without one, those computed
+        from it.
+        """
         stack = [
             (index, node, value, place)
             for index, (node, value, place) in enumerate(
@@ -216,7 +218,7 @@ class Layouts:
                         stack.append((index, user, made, self._lies(made)))
 
     def _place(self, node: fx.Node) -> tuple[int, int] | None:
-        """How a node's value lies in its storage, and which that is; None where it is no tensor."""
+        """The layout number of a node's value, and its storage; None where it is no tensor."""
         if node not in self._places:
             value = tensor_of(node)
             self._places[node] = None if value is None else self._lies(value)
@@ -228,8 +230,8 @@ class Layouts:
         return self._numbers.setdefault(look, len(self._numbers)), storage_of(value)
 
     def _compare(self, value: Tensor, promise: Tensor, key: tuple[int, int]) -> tuple[bool, bool]:
-        """Whether a value lies as promised, and whether its strides may come in another order; once for layouts of
-        the same two numbers.
+        """Whether a value has the promised layout, and whether its strides may come in another order; once for each
+        pair of layout numbers.
         """
         if key not in self._compared:
             self._compared[key] = same_layout(promise, value), is_reordered(value, promise)
@@ -255,7 +257,7 @@ class Layouts:
                 yield name, layout, storages.setdefault(storage, len(storages))
 
     def _reader(self, landing: _Landing, match: Match, owner: int | None) -> fx.Node | None:
-        """Who can tell that a value isn't as promised; None: nobody."""
+        """The first node that can tell that a value isn't as promised, None if there is none."""
         claims = self._canonical.claims(match.consumed)
         reader = layout_reader(landing.original, claims, reordered=landing.is_reordered)
         if reader is None and self.outside:
@@ -271,14 +273,14 @@ class Layouts:
 
 
 def _made(user: fx.Node, given: Mapping[fx.Node, Tensor]) -> Any:
-    """What a node yields where some of its arguments are others."""
+    """A node's result with some of its arguments replaced."""
     args, kwargs = fx.map_arg((user.args, user.kwargs), lambda source: given.get(source, source.meta["val"]))
     return computed(user.target, args, kwargs)
 
 
 def _ties(landing: _Landing, landings: Sequence[_Landing], storages: Mapping[str | int, int]) -> list[bool]:
-    """For each variable and each other result that a value shares memory with in the graph, whether it does so after
-    the fusion.
+    """For each variable and each other result that a value aliases in the graph, whether it does so after the
+    fusion.
     """
     mine = landing.promised
     ties = [storages.get(landing.memory) == mine for storage in storages.values() if storage == mine]

@@ -1,4 +1,4 @@
-"""What looks like a dialect op and isn't one, or would match were its rule not off."""
+"""Lookalikes of dialect ops, and places that would match if their rule were on."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ from fuseplan.rules.parts import Core, Part, Prologue, Reported, part_at, part_o
 
 
 def unclaimed(canonical: CanonicalGraph, claimed: set[int]) -> Iterator[Refusal]:
-    """What looked like a dialect op and wasn't, where no rule has said so, as far as its part asks for it."""
+    """Lookalikes of dialect ops that no rule has reported, as far as their part asks for it."""
     for node, refusal in canonical.unraised.items():
         part = _part_named(refusal.op)
         if id(refusal) in claimed or part is None or part.reported in (Reported.BY_RULE, Reported.NEVER):
@@ -27,8 +27,8 @@ def unclaimed(canonical: CanonicalGraph, claimed: set[int]) -> Iterator[Refusal]
 
 
 def of_rules(canonical: CanonicalGraph, rules: Mapping[str, Sequence[Rule]], claimed: set[int]) -> Iterator[Refusal]:
-    """What looked like a dialect op and wasn't, for the rule whose core it is, or else that has it, where its part asks
-    for that; of several for the one that does the least beside it.
+    """Lookalikes of dialect ops, where their part asks for them: reported for the rule whose core they resemble, or
+    else for one that has the op; among several, for the one with the fewest flags.
     """
     members = [member for _, each in sorted(rules.items(), reverse=True) for member in each]
     members.sort(key=lambda member: -len(member.flags))
@@ -48,7 +48,7 @@ def _part_named(op: str | None) -> Part | None:
 
 
 def noted_as(name: str) -> str:
-    """The op by whose name something is refused that isn't raised: its part's first."""
+    """The op that names the refusal of something that isn't raised: its part's first."""
     part = _part_named(name)
     return part.op.name if part is not None else name
 
@@ -66,13 +66,13 @@ def _is_near_core(node: fx.Node) -> bool:
 
 
 def is_always_reported(refusal: Refusal) -> bool:
-    """Whether something is reported whatever rules ask for."""
+    """Whether a refusal is reported whatever rules ask for."""
     part = _part_named(refusal.op)
     return part is not None and part.reported is Reported.ALWAYS
 
 
 def find_disabled(matches: Matches, flags: Mapping[str, str]) -> tuple[Refusal, ...]:
-    """What would match, were its flag not off.
+    """Places that would match if their flag weren't off.
 
     Args:
         matches: of rules that are off, on one graph.

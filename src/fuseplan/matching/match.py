@@ -1,4 +1,4 @@
-"""`Match`: one place at which one rule fits, and what matching found in all."""
+"""`Match`: one place at which one rule matches, and `Matches`, the result of matching."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,13 +24,13 @@ class Match:
         outputs: for each value that the pattern yields the node that has it, None where it is dead.
         core: the node of the dialect op that fusions contend for.
         rounding_change: the graph's convention and the kernel's, where the configuration lets them differ.
-        cost: what the provider says that a call takes.
+        cost: the cost of a call that the provider declares.
         shares: whether its kernel is collective and uses fuseplan's own workspaces.
-        yields: what the replacement yields, as fake tensors, for each value of the pattern: dtype, sizes and strides
-            count, the memory may be that of another match's.
-        copied: the values of which a copy takes the place, since a reader can tell that the fused op's own result lies
-            elsewhere in memory than the graph promised. They have originals.
-        loose: the values that lie elsewhere than promised, and nobody can tell. They have originals too.
+        yields: the replacement's results, as fake tensors, for each value of the pattern: dtype, sizes and strides
+            count; the storage may be another match's.
+        copied: the values that a copy replaces, since a reader can tell that the fused op's own result has another
+            layout than the graph promised. They have originals.
+        loose: the values with another layout than promised that no reader can tell. They have originals too.
     """
 
     rule: Rule
@@ -83,7 +83,7 @@ class Miss:
 
 @dataclass(frozen=True, kw_only=True)
 class Matches:
-    """What matching found.
+    """The result of matching.
 
     Attributes:
         candidates: all matches, in graph order, then by rule and fused op; the order of rules given has no influence.
@@ -103,7 +103,7 @@ def refusal_of(
     match: Match, reason: Reason, detail: str, nodes: tuple[str, ...], place: fx.Node, *, expected: str | None = None,
     found: str | None = None, mend: str | None = None, provider: str | None = None,
 ) -> Refusal:  # fmt: skip
-    """Of something that has all ops of the pattern."""
+    """The refusal of a match that has all ops of the pattern."""
     return Refusal(
         reason=reason, rule=match.rule.name, op=match.rule.core.name, detail=detail, nodes=nodes,
         source=place_of(place), mend=mend, nearness=Nearness.REFUSED, expected=expected, found=found,

@@ -1,4 +1,4 @@
-"""Where a rule nearly matched: for every op that a fusion should start or end with, what stands in the way.
+"""Where a rule nearly matched: the obstacles, for every op that a fusion should start or end with.
 
 A pattern is followed from its anchor towards its inputs. Where the graph has another op than the pattern, the expected
 one is looked for a few thin ops further: found, these ops are obstacles; not found, it is absent. Prologues that no
@@ -32,11 +32,11 @@ class Gap:
     """An edge of the pattern where the graph has something else.
 
     Attributes:
-        expected: what the pattern has there.
+        expected: the pattern's op.
         consumer: the node that should read it.
-        found: what it reads.
+        found: the value that it reads.
         way: from `found` towards the expected one, if that is near.
-        goal: the expected one, or what looks like it; None where it is not near.
+        goal: the expected op, or a lookalike; None where it is not near.
         lacking: of an absent one, how many calls of the pattern aren't there: itself and all behind it.
     """
 
@@ -50,11 +50,11 @@ class Gap:
 
 @dataclass(eq=False, kw_only=True)
 class Attempt:
-    """A pattern held against the graph at one anchor, as far as it goes.
+    """A pattern compared with the graph at one anchor, as far as it matches.
 
     Attributes:
         rule: the member of the rule's family.
-        anchor: where it was held.
+        anchor: the node where it was compared.
         core: the node of its core, if there is one.
         gaps: where the graph differs, from the anchor on.
         calls: the nodes that call its ops, as far as these are there.
@@ -69,7 +69,7 @@ class Attempt:
     @property
     def rank(self) -> tuple[int, int, int]:
         """The nearest first: fewest calls missing, then fewest obstacles and most calls found; where any is missing,
-        how far it came counts more than what stands in the way.
+        the number of calls found counts more than the obstacles.
         """
         missing = sum(gap.lacking for gap in self.gaps if gap.goal is None)
         obstacles, found = sum(len(gap.way) for gap in self.gaps), len(self.calls)
@@ -79,7 +79,7 @@ class Attempt:
 def find_near_misses(
     canonical: CanonicalGraph, rules: Mapping[str, Sequence[Rule]], matches: Matches
 ) -> tuple[Refusal, ...]:
-    """Everything that a rule's match failed at, beside what `matches` says already.
+    """All causes why rules don't match, beside those in `matches`.
 
     Args:
         canonical: the graph.
@@ -102,7 +102,7 @@ def find_near_misses(
             settled |= search.anchors.keys()
         elif missing <= {member.core.name for member in members}:
             coreless.append(members)
-    # Without a core anywhere, a rule has nothing to say of what other rules match, or nearly do.
+    # Without a core anywhere, a rule doesn't report places that other rules match, or nearly match.
     for members in coreless:
         found += _Search(shared, members, matches, settled).refusals()
     return (*found, *unclaimed(canonical, claimed), *of_rules(canonical, rules, claimed))
@@ -156,7 +156,7 @@ class _Search:
         return dict(sorted(found.items()))
 
     def _is_near(self, rule: Rule, node: fx.Node) -> bool:
-        """Whether something that looks like an anchor has behind it what the pattern has there."""
+        """Whether the pattern's next op is behind a node that looks like an anchor."""
         return all(gap.goal is not None for gap in self._attempt(rule, node).gaps)
 
     def _attempt(self, rule: Rule, anchor: fx.Node) -> Attempt:
@@ -171,7 +171,7 @@ class _Search:
         return attempt
 
     def _follow(self, attempt: Attempt, expected: Outline, found: object, consumer: fx.Node) -> None:
-        """Holds one call of the pattern against what the graph has in its place."""
+        """Compares one call of the pattern with the graph's node in its place."""
         reached: tuple[list[fx.Node], fx.Node] | None = None
         if isinstance(found, fx.Node):
             if expected.fits(found) and not self._is_taken(expected, found):
@@ -188,7 +188,7 @@ class _Search:
             self._enter(attempt, expected, expected.call_of(goal))
 
     def _enter(self, attempt: Attempt, expected: Outline, found: fx.Node) -> None:
-        """Goes on to the inputs of a call that is as the pattern has it."""
+        """Goes on to the inputs of a call that matches the pattern's."""
         attempt.calls.append(found)
         if expected.is_core:
             attempt.core = found
@@ -196,7 +196,7 @@ class _Search:
             self._follow(attempt, part, arguments(found)[place], found)
 
     def _search(self, expected: Outline, found: fx.Node) -> tuple[list[fx.Node], fx.Node] | None:
-        """(obstacles, the expected node or what looks like it) behind `found`."""
+        """(obstacles, the expected node or a lookalike) behind `found`."""
         name = noted_as(expected.name)
         unraised = self.canonical.unraised
 
@@ -257,7 +257,7 @@ class _Search:
         )  # fmt: skip
 
     def _taken_as_residual(self, op: DialectOp, node: fx.Node, core: fx.Node) -> Refusal:
-        """Why a prologue's result isn't the addend that would be taken along."""
+        """Why a prologue's result isn't the addend that the rule would fuse."""
         other, added, part = core.args[0], op_name(core), part_at(node)
         if isinstance(part, Prologue) and part.added_twice is not None and part_at(other) is part:
             blame = part.added_twice(added)
@@ -368,7 +368,7 @@ class _Search:
 
 
 def _origin(found: object) -> fx.Node | None:
-    """The op that computes what is there, behind views of it; None for an input of the graph."""
+    """The op that computes a value, seen through views; None for an input of the graph."""
     while isinstance(found, fx.Node) and found.op == "call_function" and is_view(found):
         found = found.all_input_nodes[0]
     return found if isinstance(found, fx.Node) and found.op == "call_function" else None

@@ -25,12 +25,12 @@ from fuseplan.rules.parts.views import MOVERS
 
 @dataclass(frozen=True, kw_only=True)
 class Obstruction:
-    """What is reported of obstacles.
+    """What a report says about obstacles.
 
     Attributes:
         node: the first of them to blame.
         reason: its kind.
-        found: what it calls.
+        found: the op that it calls.
         detail: for a person.
         mend: how to fix it, if known.
     """
@@ -43,11 +43,11 @@ class Obstruction:
 
 
 def without_taken(way: Sequence[fx.Node], goal: fx.Node) -> list[fx.Node]:
-    """The obstacles without what the rule would have taken along: a residual add and the casts around it.
+    """The obstacles without a residual add and the casts around it, which the rule would have fused, too.
 
     Args:
         way: the obstacles, in either direction.
-        goal: what is behind them.
+        goal: the op behind them.
     """
     others = [*way]
     for part in PARTS:
@@ -59,8 +59,8 @@ def without_taken(way: Sequence[fx.Node], goal: fx.Node) -> list[fx.Node]:
 def likeliest_first(way: Sequence[fx.Node], goal: fx.Node) -> list[fx.Node]:
     """The obstacles, the one to blame first in front.
 
-    Views weigh least: alone they are often seen through. Of equals the one next to the goal is in the others' way. The
-    residual add is what a rule takes along.
+    Views weigh least: a pattern often sees through a lone one. Among equals the one next to the goal comes first, as it
+    blocks the others. The residual add comes last: the rule fuses it.
     """
     others = without_taken(way, goal)
     nearest_first = list(reversed(way))
@@ -68,7 +68,7 @@ def likeliest_first(way: Sequence[fx.Node], goal: fx.Node) -> list[fx.Node]:
 
 
 def obstruction(way: Sequence[fx.Node], goal: fx.Node, consumer: fx.Node) -> Obstruction:
-    """What is to be said of the obstacles between two ops.
+    """The reason, wording and hint for the obstacles between two ops.
 
     Args:
         way: the obstacles, one at least, from the consumer's side.
@@ -78,7 +78,7 @@ def obstruction(way: Sequence[fx.Node], goal: fx.Node, consumer: fx.Node) -> Obs
     node = likeliest_first(way, goal)[0]
     before, after = op_name(goal), op_name(consumer)
     if isinstance(part := part_at(node), Prologue) and part.twice is not None:
-        # Of two in a row the first is to blame: the second is next to what follows.
+        # Of two in a row the first is to blame: the second is next to the consumer.
         blame = part.twice(goal, node, after)
         return Obstruction(node=goal, reason=blame.reason, found=blame.found, detail=blame.detail, mend=blame.mend)
     reader = _other_reader(node, goal)
@@ -96,7 +96,7 @@ def obstruction(way: Sequence[fx.Node], goal: fx.Node, consumer: fx.Node) -> Obs
 
 
 def _other_reader(node: fx.Node, goal: fx.Node) -> fx.Node | None:
-    """What reads a prologue beside a view, which could be moved before it if nothing did."""
+    """The other reader of a prologue, without which a view could be moved before it."""
     if not isinstance(part_at(goal), Prologue) or not is_call(node, *MOVERS) or node not in goal.users:
         return None
     readers = [user for user in goal.users if user is not node]
@@ -114,7 +114,7 @@ def _read_elsewhere(reader: fx.Node, view: fx.Node, goal: fx.Node) -> Obstructio
 
 
 def _weight(node: fx.Node) -> int:
-    """How late a node is blamed: what writes in place is first, then come what computes, casts, copies and views."""
+    """How late a node is blamed: in-place ops first, then arithmetic, casts, copies and views."""
     kinds = (
         written_in_place(node) is not None,
         not is_call(node, convert_element_type, aten.clone.default, *MOVERS),
@@ -126,7 +126,7 @@ def _weight(node: fx.Node) -> int:
 
 
 def _judge(node: fx.Node, in_place: str | None, reader: fx.Node | None, before: str) -> tuple[Reason, str]:
-    """(reason, what explains it) of the obstacle to blame."""
+    """(reason, explanation) of the obstacle to blame."""
     if in_place is not None:
         return Reason.MUTATION, ""
     if is_call(node, convert_element_type):
@@ -137,7 +137,7 @@ def _judge(node: fx.Node, in_place: str | None, reader: fx.Node | None, before: 
     if reader is not None:
         return Reason.OP, f", and can't be moved before it, since {op_name(reader)} ({reader.name}) reads {before} too"
     if is_call(node, *RESHAPES) and (widths := _widths(node)):
-        # Norms and scales of rows are others after it.
+        # It changes the norms and scales of rows.
         return Reason.OP, f": rows of {widths[0]} become rows of {widths[1]}"
     prologues = (part for part in PARTS if isinstance(part, Prologue))
     return next((known for part in prologues if (known := part.blame(node)) is not None), (Reason.OP, ""))

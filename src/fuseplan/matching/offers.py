@@ -17,14 +17,14 @@ from fuseplan.rules import Bindings
 
 @dataclass(frozen=True)
 class Taken:
-    """That a provider takes the arguments of a match.
+    """A provider that takes the arguments of a match.
 
     Attributes:
-        provider: which one.
-        cost: what it says that a call takes.
+        provider: its name.
+        cost: the cost of a call that it declares.
         shares: whether its kernel is collective and uses fuseplan's own workspaces.
         rounding: the convention that it computes, where it is another than the graph's.
-        change: the graph's convention and the kernel's, then.
+        change: then the graph's convention and the kernel's.
     """
 
     provider: str
@@ -43,7 +43,7 @@ class Taken:
 
 @dataclass(frozen=True)
 class Declined:
-    """Why a provider doesn't take the arguments of a match: the reason, and what reports say beside it."""
+    """Why a provider doesn't take the arguments of a match: the reason, and its text in reports."""
 
     provider: str
     reason: Reason
@@ -100,7 +100,7 @@ def offers_of(
 def unready_of(
     match: Match, unready: Sequence[tuple[Provider, Refusal]], device: DeviceProfile | None
 ) -> Iterator[Refusal]:
-    """Why providers don't run a match of which their owners say that they can't run here."""
+    """Why providers don't run a match whose owners say that they can't run here."""
     for provider, why in unready:
         if match.rule.op.name in provider.offers(device):
             detail = f"{provider.name} can't run here: {why.detail}"

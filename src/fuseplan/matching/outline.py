@@ -1,4 +1,4 @@
-"""A rule's pattern as a tree of what it calls: lighter to follow than its FX graph, once a rule."""
+"""A rule's pattern as a tree of calls: cheaper to follow than its FX graph, and built once a rule."""
 
 import operator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Outline:
     """One call of a pattern.
 
     Attributes:
-        target: what is called.
+        target: the function that is called.
         index: which of its results is meant, None where it has one.
         name: the op's.
         is_core: whether it is the op that fusions contend for.
@@ -49,7 +49,7 @@ class Outline:
         calls = graph.find_nodes(op="call_function", target=self.target)
         if self.index is None:
             return list(calls)
-        # Most items of a graph are items of something else, so they are looked for from what yields them.
+        # Most `getitem`s of a graph belong to other calls, so they are looked up from their producer.
         found = (item(call, self.index) for call in calls)
         return [node for node in found if node is not None]
 
@@ -67,13 +67,13 @@ def outline_of(rule: Rule) -> Outline:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """An argument by which calls that are all as a pattern has them don't fit it.
+    """An argument that keeps calls from matching whose ops are all those of the pattern.
 
     Attributes:
-        node: whose argument it is.
+        node: the node with the argument.
         detail: for a person.
-        expected: what the pattern has there.
-        found: what is there.
+        expected: the pattern's argument.
+        found: the graph's argument.
     """
 
     node: fx.Node
@@ -83,7 +83,9 @@ class Difference:
 
 
 def difference(rule: Rule, anchor: fx.Node) -> Difference | None:
-    """The first argument that isn't the pattern's constant, or isn't what its variable stands for elsewhere."""
+    """The first argument that differs from the pattern's constant, or from the value bound to its variable
+    elsewhere.
+    """
     bound: dict[fx.Node, object] = {}
 
     def follow(pattern: fx.Node, node: fx.Node) -> Difference | None:

@@ -1,4 +1,4 @@
-"""What the same place in other layers has and a layer lacks: an op whose result is dead leaves nothing behind."""
+"""Ops that a layer lacks and other layers have at the same place: an op with a dead result leaves nothing behind."""
 
 import re
 from collections import Counter
@@ -42,7 +42,7 @@ class Siblings:
     def missing(
         self, members: Sequence[Rule], candidates: Sequence[Match], refused: Collection[fx.Node]
     ) -> Iterator[Refusal]:
-        """Layers in which nothing is left of what a rule takes at the same place of most others.
+        """Layers without any of the ops that a rule fuses at the same place of most others.
 
         Args:
             members: of the rule.
@@ -91,15 +91,15 @@ def _missing(
         gone = sample.rule.core.name if core is None else op_name(sample.anchor)
         yield Refusal(
             reason=Reason.DEAD, rule=sample.rule.name, op=sample.rule.core.name,
-            detail=f"{len(matched)} other layers have {gone} there and this one has none: is its result not used? What "
-            "is dead is gone before fusions are looked for",
+            detail=f"{len(matched)} other layers have {gone} there and this one has none: is its result not used? Dead "
+            "code is removed before matching",
             nodes=(canonical.source_node(core).name,) if core is not None else (), source=place, site=place,
             nearness=Nearness.MISSING, expected=gone, found="nothing",
         )  # fmt: skip
 
 
 def _readers(core: fx.Node) -> set[tuple[object, str | None]]:
-    """What reads the result of a core, and in which module of its layer."""
+    """The readers of a core's result, each with its module within the layer."""
     values = [core] if tensor_of(core) is not None else [value] if (value := item(core, 0)) is not None else []
     found = [(user.target, layer_of(place_of(user))) for value in values for user in value.users]
     return {(target, layer[2] if layer else None) for target, layer in found}

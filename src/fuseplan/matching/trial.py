@@ -1,4 +1,4 @@
-"""What a rule would find if obstacles weren't there: they are taken out of a copy of a part of the graph, which is then
+"""Whether a rule would match without some obstacles: they are removed from a copy of a part of the graph, which is then
 raised and matched anew.
 """
 
@@ -22,7 +22,7 @@ MOST_TRIALS = 32
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Way:
-    """What stands between an op and the one that should be next to it.
+    """The nodes between an op and the one that should be next to it.
 
     Attributes:
         nodes: the obstacles, from the side of the op that should read the goal.
@@ -51,8 +51,8 @@ class Place:
     Attributes:
         members: of the rule.
         anchor: the node at which their patterns would end.
-        ways: the one that is asked about, then those at other edges of the pattern.
-        calls: what is there already of the pattern.
+        ways: the one in question, then those at other edges of the pattern.
+        calls: the calls of the pattern that are there already.
     """
 
     members: Sequence[Rule]
@@ -62,11 +62,11 @@ class Place:
 
 
 class Decisive(NamedTuple):
-    """What decides that a rule doesn't match.
+    """The reason why a rule doesn't match.
 
     Attributes:
         nodes: the fewest obstacles without which it would.
-        suffices: whether they alone are in the way; else others read the values between, too.
+        suffices: whether nothing else is in the way; else the values between have other readers, too.
     """
 
     nodes: Sequence[fx.Node]
@@ -74,12 +74,12 @@ class Decisive(NamedTuple):
 
 
 def decisive(canonical: CanonicalGraph, place: Place, likely: Sequence[fx.Node]) -> Decisive:
-    """Of the obstacles of the first way those that decide; all of them where none suffice.
+    """The decisive obstacles of the first way; all of them where none suffice.
 
     Args:
         canonical: the graph.
-        place: where.
-        likely: the obstacles, those in front that are tried first.
+        place: where the rule nearly matches.
+        likely: the obstacles, in the order to try them.
     """
     part, (way, *others) = _Part(canonical, place), place.ways
     elsewhere = {step[0] for each in others for step in each.steps}
@@ -89,14 +89,14 @@ def decisive(canonical: CanonicalGraph, place: Place, likely: Sequence[fx.Node])
         sets = (chosen for count in range(len(heads) + 1) for chosen in combinations(heads, count))
         for chosen in islice(sets, MOST_TRIALS):
             if part.matches_without({*chosen, *elsewhere}, read_elsewhere=read_elsewhere):
-                # Views that could be moved, if nothing else read what they are views of, are in the way all the same.
+                # Views that could be moved if their base had no other reader are in the way all the same.
                 nodes = [node for step in way.steps if step[0] in chosen or not chosen for node in step]
                 return Decisive(nodes, suffices=read_elsewhere)
     return Decisive(way.nodes, suffices=False)
 
 
 class _Part:
-    """The nodes of the original graph that the rule would take, with what is between."""
+    """The nodes of the original graph that the rule would fuse, and the nodes between."""
 
     def __init__(self, canonical: CanonicalGraph, place: Place) -> None:
         self.canonical, self.place = canonical, place
@@ -116,11 +116,11 @@ class _Part:
 
         Args:
             removed: the first node of each of these steps.
-            read_elsewhere: whether values on the ways are still read by what isn't part of the copy.
+            read_elsewhere: whether nodes outside the copy still read values on the ways.
         """
         graph, copies = self._copy(read_elsewhere)
         for way in self.place.ways:
-            if not way.nodes:  # the goal is next to what should read it, and is in the way itself
+            if not way.nodes:  # the goal is next to its reader, and is in the way itself
                 continue
             moved_before = isinstance(part_at(way.goal), Prologue)
             heads = [copies.get(self.canonical.origin.get(step[0], step[0])) for step in way.steps]
@@ -170,9 +170,7 @@ def _reached(
 
 
 def _look_like(node: fx.Node, value: object) -> None:
-    """Gives a node, and what it was computed from element by element, another fake value: that of what is done before
-    it now.
-    """
+    """Gives a node, and its elementwise inputs, another fake value: that of the op before it now."""
     before = _looks(node)
     node.meta["val"] = value
     for source in node.all_input_nodes:

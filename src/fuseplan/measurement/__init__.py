@@ -1,4 +1,4 @@
-"""What runs on a device to be timed: alternatives of fusions, and whole models."""
+"""Timing on a device: alternatives of fusions, and whole models."""
 
 from fuseplan.measurement.costs import tune
 

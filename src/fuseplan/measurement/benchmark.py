@@ -26,10 +26,12 @@ from fuseplan.rules import Rule
 from fuseplan.rules.families import BUILT_IN_RULES
 
 REPEAT_NS = 20_000_000
-"""The least duration of a repeat: a step has hundreds of kernels, and its time moves more than that of one."""
+"""The least duration of a repeat: a step has hundreds of kernels, and its time varies more than one kernel's."""
 
 MOST_COMPILED = 64
-"""Of one function: each policy is a compilation of it, and beyond torch's own limit it would be run without any."""
+"""The most compilations of one function: each policy is one, and beyond torch's own limit the function would run
+uncompiled.
+"""
 
 Arguments = tuple[Sequence[Any], Mapping[str, Any]]
 Program = tuple[str, ...]
@@ -54,26 +56,26 @@ def bench(
 ) -> Bench:
     """Times a step of a model under each policy, at each batch size.
 
-    On a GPU the steps of a repeat are one CUDA graph, whatever the policy, so that what Python takes to launch them
-    isn't timed; on the CPU it is. Policies that apply the same fusions are timed as one: what two compilations of one
-    program differ by, for where their memory lies, isn't theirs. Dynamo's caches are dropped.
+    On a GPU the steps of a repeat are one CUDA graph, whatever the policy, so that the time Python takes to launch them
+    isn't counted; on the CPU it is. Policies that apply the same fusions are timed as one: two compilations of one
+    program only differ by noise, such as where their memory lies. Dynamo's caches are dropped.
 
     Args:
         model: a module or function with real weights, for inference.
-        arguments_of: gives positional and keyword arguments of a step at a batch size.
+        arguments_of: returns the positional and keyword arguments of a step at a batch size.
         batches: the sizes.
         workload: its name.
-        policies: none: `planned`, every order of registration that differs in effect, and `off`. Plain `torch.compile`
-            is always there.
+        policies: the policies to time; none: `planned`, every order of registration that differs in effect, and `off`.
+            Plain `torch.compile` is always timed.
         config: flags and where costs come from; its policy and ranges aren't used.
         rules: fusions beside the built-in ones.
         providers: beside the built-in ones.
         repeats: of each time, at least 5.
         steps: in one repeat; None: as many as last long enough for the clock.
-        ranks: those of a tensor-parallel group, all of which run the same and the slowest of which counts.
+        ranks: of a tensor-parallel group: all run the same, and the slowest one counts.
         notes: caveats about the workload.
-        command: that a reader can run it by.
-        watch: called with what is being done, how many times are taken, and of how many.
+        command: for the record, so that readers can run it again.
+        watch: called with the current step, the number of times taken, and their total.
 
     Raises:
         ConfigError: fewer repeats or steps, or a flag and a policy contradict each other.
@@ -87,7 +89,7 @@ def bench(
         providers=providers, repeats=repeats, steps=steps, ranks=ranks or Ranks(),
     )  # fmt: skip
     found, sizes = [], sorted(set(batches))
-    with torch._dynamo.config.patch(recompile_limit=MOST_COMPILED), torch.no_grad(), _told(workload):
+    with torch._dynamo.config.patch(recompile_limit=MOST_COMPILED), torch.no_grad(), _errors_of(workload):
         for number, batch in enumerate(sizes):
             arguments = arguments_of(batch)
             chosen = [*(policies or runner.policies(arguments)), None]
@@ -108,7 +110,7 @@ def bench(
 
 
 def check_timing(repeats: int, steps: int | None, batches: Sequence[int]) -> None:
-    """Refuses what `bench` would refuse, before anything is built.
+    """Checks arguments of `bench` before anything is built.
 
     Raises:
         ConfigError: fewer repeats than 5, or less than one step or sequence.
@@ -152,7 +154,7 @@ class _Runner:
     def run(
         self, batch: int, arguments: Arguments, policies: Sequence[Policy | None], tell: Callable[[str], None]
     ) -> BatchTimes:
-        """All policies at one batch size, None for none of them."""
+        """Times all policies at one batch size; None stands for plain `torch.compile`."""
         torch._dynamo.reset()
         device = _device_of(arguments)
         subjects, reports = dict[str, Subject](), dict[str, list[Report]]()
@@ -208,7 +210,7 @@ class _Runner:
 
 
 def _program(reports: Sequence[Report]) -> Program | None:
-    """What fuseplan applied where, by which a graph is the same program; None without fuseplan."""
+    """The applied fusions with their places, equal for equal programs; None without fuseplan."""
     return tuple(graph.digest for report in latest(reports) for graph in report.graphs) if reports else None
 
 
@@ -233,8 +235,8 @@ def _device_of(arguments: Arguments) -> torch.device:
 
 
 @contextmanager
-def _told(workload: str) -> Iterator[None]:
-    """Whatever the user's model raises ends in one clear line."""
+def _errors_of(workload: str) -> Iterator[None]:
+    """Turns any error of the user's model into a one-line `WorkloadError`."""
     try:
         yield
     except FuseplanError:

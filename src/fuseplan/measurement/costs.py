@@ -47,7 +47,7 @@ class Measurement:
         rows: one for each alternative and size.
         skipped: alternatives that aren't measured, and why.
         classes: how many components each signature has, in all graphs and ranges.
-        stopped: whether it was interrupted: what is here is whole, and the rest is missing.
+        stopped: whether it was interrupted: the rows are complete, and the rest is missing.
         unclear: alternatives that the repeats can't distinguish from the component without fusions.
         notes: caveats, one line each.
     """
@@ -78,28 +78,28 @@ def tune(
     only_unsure: bool = False,
     listed: Callable[[Sequence[Work]], None] = lambda works: None,
 ) -> Measurement:
-    """Measures what the alternatives of each component take, in context, and puts the times into a cost table.
+    """Measures the alternatives of each component, in context, and puts the times into a cost table.
 
-    Fused ops are verified first, and those that fail are left out. The model's weights are not used: what is run is the
-    part of its graphs around each component, on random arguments.
+    Fused ops are verified first, and those that fail are left out. The model's weights are not used: only the part of
+    its graphs around each component runs, on random arguments.
 
     Args:
-        model: a module or function; fake tensors will do for its weights.
-        inputs: its positional arguments, likewise.
+        model: a module or function; its weights may be fake tensors.
+        inputs: its positional arguments, which may be fake, too.
         table: the file that rows are merged into, class by class.
         ranges: the compile ranges.
         tokens: the sizes to measure; none: both ends of each range and the geometric middle.
         repeats: of each time, at least 5.
-        config: flags, where others than the defaults are wanted; its policy, ranges and costs aren't used.
+        config: flags other than the defaults; its policy, ranges and costs aren't used.
         rules: fusions beside the built-in ones.
         providers: all that are available here are measured.
-        ranks: those of a tensor-parallel group, all of which measure the same and the slowest of which counts; the
-            first writes. None: this process alone.
+        ranks: of a tensor-parallel group: all measure the same, the slowest one counts, and the first one writes. None:
+            this process alone.
         command: for the rows' provenance.
-        watch: called with what is being done.
-        only_unsure: measure the alternatives alone that could change the plan, by the intervals of modelled prices, and
-            that the table lacks.
-        listed: called with what is going to be measured, before it is.
+        watch: called before each step.
+        only_unsure: measure only alternatives that could change the plan, by the intervals of modelled prices, and that
+            the table lacks.
+        listed: called with the work to measure, before it is measured.
 
     Raises:
         ConfigError: fewer repeats, a size outside of the ranges, or the table is broken, of another device, or can't be
@@ -145,21 +145,21 @@ def tune_problems(
     listed: Callable[[Sequence[Work]], None] = lambda works: None,
     lower: Callable[[fx.Graph], None] | None = None,
 ) -> Measurement:
-    """The same of graphs that were analysed before.
+    """`tune` on graphs that were analysed before.
 
     Args:
         problems: each with first and last number of tokens of its range.
-        table: as for `tune`, and so are the others.
-        tokens: likewise.
-        repeats: likewise.
+        table: as for `tune`.
+        tokens: as for `tune`.
+        repeats: as for `tune`.
         config: says how to verify.
-        providers: likewise.
-        ranks: likewise.
-        command: likewise.
-        watch: likewise.
-        only_unsure: likewise.
-        listed: likewise.
-        lower: puts what Inductor knows in the place of an engine's own ops.
+        providers: as for `tune`.
+        ranks: as for `tune`.
+        command: as for `tune`.
+        watch: as for `tune`.
+        only_unsure: as for `tune`.
+        listed: as for `tune`.
+        lower: replaces an engine's own ops by ops that Inductor knows.
 
     Raises:
         ConfigError: the table is broken, of another device, or can't be written.
@@ -202,7 +202,7 @@ def tune_problems(
 
 
 def check_measurable(ranges: Sequence[CompileRange], tokens: Sequence[int], repeats: int) -> None:
-    """Refuses what `tune` would refuse, before anything is built.
+    """Checks arguments of `tune` before anything is built.
 
     Raises:
         ConfigError: fewer repeats than 5, or a size outside of the ranges.
@@ -217,7 +217,7 @@ def check_measurable(ranges: Sequence[CompileRange], tokens: Sequence[int], repe
 
 
 def _check_device(graphs: Sequence[Any], device: str) -> None:
-    """A table is of the device that it was measured on."""
+    """Refuses graphs on another device than the table's."""
     kind = "cpu" if device == "cpu" else "cuda"
     values = [tensor_of(node) for gm in graphs for node in gm.graph.find_nodes(op="placeholder")]
     others = sorted({value.device.type for value in values if value is not None and value.device.type != kind})
@@ -229,7 +229,7 @@ def _check_device(graphs: Sequence[Any], device: str) -> None:
 
 
 def origin_of(device: str, ranks: int, command: str) -> Origin:
-    """Where rows that are measured now come from."""
+    """The provenance of rows that are measured now."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -241,7 +241,7 @@ def origin_of(device: str, ranks: int, command: str) -> Origin:
 
 
 def topology(ranks: int) -> str:
-    """Ranks, what they communicate by, and whether GPUs reach each other's memory: `tp2 nccl p2p`."""
+    """Ranks, their communication library, and whether GPUs reach each other's memory: `tp2 nccl p2p`."""
     if ranks == 1:
         return "tp1"
     reach = ""

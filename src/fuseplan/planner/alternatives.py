@@ -1,4 +1,4 @@
-"""Alternatives of a component: which there are, and what tables call them."""
+"""Alternatives of a component: which there are, and their names in tables."""
 
 from collections.abc import Iterator, Mapping, Sequence
 

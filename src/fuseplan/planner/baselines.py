@@ -17,7 +17,7 @@ def heaviest(packing: Packing, atom: int) -> tuple[int, ...]:
 
 
 def largest(sizes: Sequence[int]) -> Preference:
-    """What takes the most nodes comes first, whatever it saves: the longest match.
+    """The candidate with the most nodes first, whatever it saves: the longest match.
 
     Args:
         sizes: nodes by candidate.

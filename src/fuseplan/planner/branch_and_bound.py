@@ -13,9 +13,9 @@ class Outcome:
 
     Attributes:
         chosen: atoms.
-        weight: of these.
+        weight: their weight.
         bound: no packing weighs more.
-        nodes: of the search.
+        nodes: visited by the search.
     """
 
     chosen: frozenset[int]

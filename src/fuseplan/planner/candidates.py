@@ -1,4 +1,4 @@
-"""Candidates: matches with stable names, and what ties them to each other."""
+"""Candidates: matches with stable names, and their conflicts and couplings."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,16 +24,16 @@ class Candidate:
         name: unique and the same on every rank and in every order of registration: place, rule, fused op, provider.
         rule: its rule, or the name of an external pass.
         op: the fused op.
-        provider: whose kernel, `external` for an external pass.
+        provider: runs the kernel; `external` for an external pass.
         match: the match.
-        site: where it contends; None for an external pass.
-        taken: what it takes of the site; None where that is more than parts of it, or there is none.
-        others: further sites of which it takes parts, in the order of its site's `Taken.also`.
+        site: the site that it contends for; None for an external pass.
+        taken: the parts of the site that it fuses; None where it fuses more than parts, or there is no site.
+        others: further sites that it fuses parts of, in the order of its site's `Taken.also`.
         consumed: nodes of the original graph that disappear.
         context: nodes of the canonical graph that must stay as they are.
         re_emitted: nodes of the canonical graph that it consumes and yields again.
         source: the place in the user's model, if known.
-        signature: what it computes, without names: two graphs with equal signatures at equal places can share a plan.
+        signature: its computation, without names: two graphs with equal signatures at equal places can share a plan.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Candidate:
 
 
 class _Spot(NamedTuple):
-    """What candidates of one core that consume the same nodes have in common: a rule's, by every provider."""
+    """The fields that candidates of one core share which consume the same nodes: one rule's, by every provider."""
 
     site: Site | None
     place: str
@@ -75,7 +75,7 @@ class _Spot(NamedTuple):
 
     @classmethod
     def of(cls, match: Match, canonical: CanonicalGraph, by_core: Mapping[fx.Node, Site]) -> "_Spot":
-        """That of a match."""
+        """The spot of a match."""
         site, consumed = by_core.get(match.core), frozenset(match.consumed)
         taken = site.taken(match.consumed) if site else None
         return cls(
@@ -163,7 +163,7 @@ def _unique(candidates: list[Candidate]) -> tuple[Candidate, ...]:
 
 
 def _signature(match: Match, texts: dict[fx.Node, str]) -> str:
-    """What a match computes; `texts` has those of nodes so far."""
+    """The signature of a match; `texts` has those of nodes so far."""
     parts = []
     for name, value in match.values.items():
         if not isinstance(value, fx.Node):
@@ -177,12 +177,12 @@ def _signature(match: Match, texts: dict[fx.Node, str]) -> str:
 
 
 def copies_text(count: int) -> str:
-    """What a name says of results that are copied: ` + 1 copy`; nothing where none is."""
+    """The suffix of a name for copied results: ` + 1 copy`; empty where there are none."""
     return f" + {count} {'copy' if count == 1 else 'copies'}" if count else ""
 
 
 def conflicts_of(candidates: Sequence[Candidate]) -> frozenset[tuple[int, int]]:
-    """Pairs that consume a common node, or one of which consumes what the other reads without yielding it again."""
+    """Pairs that consume a common node, or one of which consumes an input of the other without yielding it again."""
     conflicts: set[tuple[int, int]] = set()
     consumers: dict[fx.Node, list[int]] = {}
     lost: dict[fx.Node, list[int]] = {}
@@ -202,12 +202,12 @@ def conflicts_of(candidates: Sequence[Candidate]) -> frozenset[tuple[int, int]]:
 
 
 class Couplings(NamedTuple):
-    """What rules ask for beside their own matches; it holds between candidates of one provider.
+    """The couplings that rules require beside their own matches; they hold between candidates of one provider.
 
     Attributes:
         requires: pairs `(i, j)`: `i` only together with `j`.
         together: groups that are applied whole or not at all.
-        unmet: what needs a rule that matches there by other providers alone, and why it can't be applied.
+        unmet: candidates that need a rule which matches there only by other providers, and why they can't be applied.
     """
 
     requires: frozenset[tuple[int, int]]
@@ -236,5 +236,5 @@ def couplings_of(candidates: Sequence[Candidate]) -> Couplings:
 
 
 def _touch(left: Candidate, right: Candidate) -> bool:
-    """Whether one reads what the other yields."""
+    """Whether one reads a result of the other."""
     return not (left.context.isdisjoint(right.re_emitted) and right.context.isdisjoint(left.re_emitted))

@@ -7,7 +7,7 @@ from fuseplan.errors import PlanError
 from fuseplan.planner.program import IntegerProgram
 
 Groups = Sequence[tuple[str, frozenset[int]]]
-"""Forcing selectors, each with the candidates at one place of which one has to be applied."""
+"""Forcing selectors, each with the candidates at one place; one of these has to be applied."""
 
 ADVICE = "drop one of them, or narrow it down to other places, as RULE@PLACE"
 
@@ -17,7 +17,7 @@ class ContradictionError(PlanError):
 
     Args:
         selectors: the user's, each with its verb, e.g. `force 'act_padding'`.
-        sources: places in the user's model, None where one isn't known.
+        sources: places in the user's model, None for an unknown one.
         why: one clause.
     """
 

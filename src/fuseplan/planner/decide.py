@@ -1,4 +1,4 @@
-"""Decisions: what a policy selects of a graph's candidates, and what each of the others lost."""
+"""Decisions: the candidates of a graph that a policy selects, and the loss of each of the others."""
 
 import time
 from collections.abc import Collection, Sequence
@@ -50,12 +50,11 @@ class Decision:
         saving_ns: their saving.
         lost: the other candidates that the policy looks at.
         cyclic: candidates given up because together with selected ones they would make the graph cyclic.
-        uncoupled: candidates given up because what they require, or belong together with, isn't selected.
+        uncoupled: candidates given up because one that they require, or belong together with, isn't selected.
         limited: candidates selected and given up again, since `max_fusions` allows no more.
-        solution: the proof, of a plan.
+        solution: a plan's proof.
         plan_ns: how long it took.
-        ahead: of a plan, what the places save beyond their next best alternative where that comes closest; None where
-            there is none.
+        ahead: a plan's smallest margin over the next best alternative at a place; None where there is none.
     """
 
     selected: tuple[int, ...] = ()
@@ -78,8 +77,8 @@ def decide_in_order(problem: Problem, order: Sequence[str]) -> Decision:
     """`ordered(a, b, ...)`: see `planner.ordered`. Of several providers the one that saves the most runs a match, or
     all matches that are applied together or not at all.
 
-    What is forced or forbidden has no influence, but for what is forbidden, which is no candidate. What then lacks what
-    it requires, or belongs together with, is given up; its nodes stay as they are.
+    Forcing has no influence; forbidden fusions are no candidates. A match is given up, and its nodes stay as they are,
+    where one that it requires, or belongs together with, isn't selected.
     """
     program, index = problem.program, problem.index
     matches = sorted(
@@ -108,8 +107,8 @@ def decide_in_order(problem: Problem, order: Sequence[str]) -> Decision:
 
 
 def _runners(problem: Problem, order: Sequence[str]) -> list[int]:
-    """A candidate for each match of the rules of an order: that of the provider that saves the most, for matches that
-    are coupled that of the one that could run all of them.
+    """A candidate for each match of an order's rules: by the provider that saves the most; for coupled matches by one
+    that can run all of them.
     """
     program = problem.program
     offers: dict[tuple[str, str, fx.Node], dict[str, int]] = {}
@@ -136,7 +135,7 @@ def _runners(problem: Problem, order: Sequence[str]) -> list[int]:
 
 
 def decide_planned(problem: Problem, solver: Solver) -> Decision:
-    """The best legal selection, and for each other candidate what it lost.
+    """The best legal selection, and the loss of each other candidate.
 
     Raises:
         PlanError: a forced fusion can't be applied.
@@ -200,8 +199,8 @@ def limit(problem: Problem, decision: Decision, most: int | None) -> Decision:
 
 
 def not_sure(decision: Decision, unsure: Collection[int]) -> list[int]:
-    """Those of a problem's unsure candidates that a plan would have applied otherwise, or left to something no better:
-    nothing that it applies is in their way.
+    """Unsure candidates with nothing that the plan applies in their way: it would have applied them, or something no
+    better, had they been sure.
     """
     return [lost.candidate for lost in decision.lost if lost.candidate in unsure and not lost.blocked_by]
 

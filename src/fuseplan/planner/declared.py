@@ -1,5 +1,5 @@
-"""Prices of ops that the cost model doesn't know: by what their providers declare, beside what Inductor makes of the
-nodes that they stand for.
+"""Prices of ops that the cost model doesn't know: the providers' declared costs, beside Inductor's kernels for the
+nodes that the ops replace.
 """
 
 import operator
@@ -19,7 +19,7 @@ from fuseplan.rules.parts import Core, Epilogue, Prologue, part_at, reducer_of
 from fuseplan.rules.parts.traffic import Kernel, Middle, Region
 
 Sized = Callable[[Tensor], Tensor]
-"""A tensor of the graph at some number of tokens: no data, and all sizes are numbers."""
+"""A tensor of the graph at some number of tokens, without data: all its sizes are numbers."""
 
 GENERATED = frozenset(
     {
@@ -27,7 +27,7 @@ GENERATED = frozenset(
         "_to_copy", "var", "var_mean", "where",
     }
 )  # fmt: skip
-"""Ops beside pointwise ones and views of which Inductor generates code, by name."""
+"""Ops, beside pointwise ones and views, that Inductor generates code for, by name."""
 
 
 def declared_ns(match: Match, model: CostModel, sized: Sized) -> int:
@@ -53,8 +53,8 @@ def declared_ns(match: Match, model: CostModel, sized: Sized) -> int:
 
 
 def generated(match: Match, model: CostModel, sized: Sized) -> tuple[Kernel, ...] | None:
-    """What Inductor makes of a match's nodes: one kernel, one for each epilogue that stands alone, and the
-    all-reduces; None where it calls another op of which that isn't known.
+    """Inductor's kernels for a match's nodes: one, one more for each epilogue that stands alone, and the all-reduces;
+    None where the match has an op whose kernels aren't known.
     """
     reads = _bytes(match.values.values(), sized)
     found, alone, reduction = list[Kernel](), False, False

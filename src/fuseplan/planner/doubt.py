@@ -1,4 +1,4 @@
-"""How sure savings are: what their errors come from, and which alternatives could yet be the best."""
+"""How sure savings are: the sources of their errors, and the alternatives that could yet be the best."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,10 +11,10 @@ from fuseplan.planner.program import IntegerProgram
 
 
 class Doubt(NamedTuple):
-    """What a saving's error comes from.
+    """The sources of a saving's error.
 
     Attributes:
-        exposures: of the saving at each size; empty where it is taken to be exact.
+        exposures: of the saving at each size; empty where it counts as exact.
         weights: of the sizes.
     """
 
@@ -23,25 +23,25 @@ class Doubt(NamedTuple):
 
     @property
     def parts(self) -> list[tuple[Exposure, float]]:
-        """Those of the weighted saving, each with its factor."""
+        """The exposures of the weighted saving, each with its factor."""
         return list(zip(self.exposures, self.weights, strict=True)) if self.exposures else []
 
 
 LEAST_NS = 50
-"""That a plan would have to lose for measuring to be worth it: what reports round to nothing isn't."""
+"""The loss of a plan from which on measuring is worth it: reports round a smaller one to nothing."""
 
 SURE = Doubt()
-"""Of a saving that is taken to be exact."""
+"""The doubt of a saving that counts as exact."""
 
 
 class Price(NamedTuple):
-    """What is known of one candidate.
+    """The price of one candidate.
 
     Attributes:
         value: its saving, weighted over sizes, in ns.
-        provenance: how that is known.
-        savings: at each size; empty where it isn't known.
-        cost: what its op and the copies of its results take at the middle size; None where nothing is known of it.
+        provenance: how the saving is known.
+        savings: at each size; empty where unknown.
+        cost: the time of its op and of the copies of its results at the middle size; None where unknown.
         doubt: of the saving.
     """
 
@@ -70,7 +70,7 @@ def weighted(savings: Sequence[int], unfused: Sequence[int]) -> int:
 
 
 def weights_of(unfused: Sequence[int]) -> tuple[float, ...]:
-    """What `weighted` multiplies the saving at each size by.
+    """The factors by which `weighted` multiplies the saving at each size.
 
     Args:
         unfused: of the whole component, by size.
@@ -82,14 +82,14 @@ def weights_of(unfused: Sequence[int]) -> tuple[float, ...]:
 def contenders(
     component: Sequence[int], structure: IntegerProgram, prices: Mapping[int, Price], errors: Mapping[str, Error]
 ) -> list[tuple[int, ...]]:
-    """The alternatives of a component of which one could be the best, the one that would be applied first: those that
-    aren't surely behind it, and those without a known price.
+    """The alternatives of a component that could be the best. The one that would be applied comes first; then those
+    that aren't surely behind it, and those without a known price.
 
     Args:
         component: its candidates.
         structure: their conflicts and couplings.
         prices: of the candidates, by the model.
-        errors: how far off that is.
+        errors: of the model.
     """
 
     def value(subset: Iterable[int]) -> int:

@@ -32,7 +32,7 @@ def _unfused_first(row: CostRow) -> tuple[bool, str]:
 
 
 def _modelled(problem: Problem) -> Iterator[CostRow]:
-    """Rows of every site that a candidate contends for, and that wasn't measured; of several where it takes those."""
+    """Rows of every contested site that wasn't measured; of several together where a candidate fuses parts of each."""
     contenders: dict[tuple[int, ...], list[Candidate]] = {}
     for candidate, provenance in zip(problem.candidates, problem.priced.provenance, strict=True):
         is_ours = candidate.site is not None and isinstance(candidate.match, Match)

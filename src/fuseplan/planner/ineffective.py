@@ -20,7 +20,7 @@ def ineffective_requests(
     problem: Problem,
     decision: Decision,
 ) -> Iterator[Refusal]:
-    """Selectors that select nothing, and flags that are True and switch on nothing that is applied.
+    """Selectors without a match, and flags that are True without effect on the applied fusions.
 
     A rule that lost to another fusion did have an effect: the report has it among the conflicts.
 
@@ -28,20 +28,20 @@ def ineffective_requests(
         config: its settings.
         ineffective_flags: flags that no rule answers to.
         overruled: of flags that are True, a rule of theirs that another flag switches off, and that flag.
-        rules: those that are on, by name.
+        rules: enabled ones, by name.
         matches: of the graph.
         problem: its problem.
         decision: the fusions that are applied.
     """
     for flag in ineffective_flags:
         if getattr(config, flag) is True:
-            yield _no_effect(f"{flag}=True has no effect: none of the rules handed over answers to it")
+            yield _no_effect(f"{flag}=True has no effect: none of the given rules answers to it")
     for selector in problem.ineffective:
         if selector in config.forbid and re.split("[@#:]", selector)[0] not in rules:
             continue  # it is off in this graph anyway
         yield _no_effect(f"{selector!r} is forced or forbidden, and selects no match in this graph")
-    told = {*overruled} - {members[0].opt_in for members in rules.values()}
-    for flag in sorted(told):
+    reported = {*overruled} - {members[0].opt_in for members in rules.values()}
+    for flag in sorted(reported):
         yield _no_effect(f"{flag}=True has no effect: {_overruling(*overruled[flag])}")
     counts = {match.rule.name for match in matches.candidates}
     for name, members in rules.items():
@@ -50,7 +50,7 @@ def ineffective_requests(
             continue
         if name not in counts and any(other in counts and {*flags} <= {*rules[other][0].flags} for other in rules):
             continue  # they switch on something else, too, which matches
-        if {*flags} & told:
+        if {*flags} & reported:
             continue
         why = _too_dear(name, problem, decision)
         if name not in counts:
@@ -58,14 +58,14 @@ def ineffective_requests(
             refused = next((each.detail for each in matches.refusals if each.rule == name), None)
             why = f"the graph has no {' and no '.join(missing)}" if missing else refused or f"{name} matches nowhere"
             if flags[0] in overruled:
-                told.add(flags[0])
+                reported.add(flags[0])
                 why = _overruling(*overruled[flags[0]])
         if why is not None:
             yield _no_effect(f"{' and '.join(flags)}=True has no effect: {why}", name)
 
 
 def _too_dear(name: str, problem: Problem, decision: Decision) -> str | None:
-    """Why none of a rule's matches is worth it, if their price is the only reason."""
+    """Why none of a rule's matches pays off, if their price is the only reason."""
     mine = {index for index, candidate in enumerate(problem.candidates) if candidate.rule == name}
     lost = [each for each in decision.lost if each.candidate in mine]
     margins = [each.lost_ns for each in lost if each.lost_ns is not None]

@@ -1,4 +1,4 @@
-"""By how much a plan's choice at a place is ahead of others there, and how sure that is."""
+"""How far a plan's choice at a place is ahead of others there, and how sure that is."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from fuseplan.planner.solver import Rival
 
 @dataclass(frozen=True, kw_only=True)
 class Margin:
-    """What a selection saves beyond another one.
+    """The difference in saving between a selection and another one.
 
     Attributes:
-        ns: of it.
-        low_ns: the lower end of its interval; None where that isn't known.
+        ns: the difference.
+        low_ns: the lower end of its interval; None where unknown.
         high_ns: the upper end.
     """
 
@@ -23,7 +23,7 @@ class Margin:
 
 
 class Margins:
-    """The margins of a plan before the rivals of its candidates, those of equal places computed once.
+    """The margins of a plan over the rivals of its candidates, computed once for equal places.
 
     Args:
         problem: as it was solved.
@@ -36,7 +36,7 @@ class Margins:
         self._found: dict[int, Margin | None] = {}
 
     def __getitem__(self, candidate: int) -> Margin | None:
-        """Before the rival of a candidate; None where there is none."""
+        """The margin over a candidate's rival; None where there is none."""
         if candidate not in self._found:
             self._found[candidate] = self._before(self._rivals[candidate])
         return self._found[candidate]
@@ -56,7 +56,7 @@ class Margins:
         return self._known[key]
 
     def closest(self, selected: Iterable[int]) -> Margin | None:
-        """The smallest one of the places where something is selected."""
+        """The smallest margin of the places where something is selected."""
         mine = set(selected)
         found = [
             margin

@@ -21,7 +21,7 @@ MAX_ROWS = 6
 """Constraints a variable above which the relaxation itself takes seconds; conflicts are then so dense and without
 structure that its bound is poor anyway."""
 NODES_PER_LINEAR_NODE = 100
-"""Nodes of the budget that a node of HiGHS counts for: roughly what it takes beside one of branch and bound."""
+"""Nodes of the budget that a node of HiGHS counts for: roughly its time relative to a node of branch and bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Relaxed:
     Attributes:
         chosen: atoms, `packing.chosen` included; None where nothing feasible was found in the budget.
         bound_ns: no packing saves more.
-        nodes: of the search.
+        nodes: visited by the search.
     """
 
     chosen: frozenset[int] | None
@@ -103,7 +103,7 @@ def _rounded(packing: Packing, atoms: Sequence[int], values: Sequence[float]) ->
 
 
 def _rows(packing: Packing, column: dict[int, int]) -> Iterator[tuple[list[tuple[int, float]], float]]:
-    """Constraints as (terms, what their sum is at most)."""
+    """Constraints as (terms, upper bound of their sum)."""
     for clique in cliques(packing, sorted(column)):
         yield [(column[atom], 1.0) for atom in clique], 1.0
     for atom, index in column.items():

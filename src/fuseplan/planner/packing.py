@@ -1,8 +1,8 @@
-"""A component as a weighted packing problem, in which the heaviest packing is the one optimum that ties leave.
+"""A component as a weighted packing problem, whose heaviest packing is the one optimum left after breaking ties.
 
-Candidates that go together become one atom, and so does every alternative that was measured. What an atom weighs holds
-its saving, then the number of its candidates, then their places, in the digits of one integer, so that no two packings
-weigh the same and comparing weights is comparing (saving, fewer candidates, earlier candidates).
+Candidates that go together become one atom, and so does every alternative that was measured. An atom's weight is one
+integer whose digits are its saving, then the number of its candidates, then their places, so that no two packings weigh
+the same and comparing weights compares (saving, fewer candidates, earlier candidates).
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -38,7 +38,7 @@ class Packing:
         closures: an atom and all atoms that it needs.
         limits: further constraints.
         mandatory: of each of these sets one atom has to be chosen. Their weights hold a bonus that pays for anything.
-        bonus: this bonus.
+        bonus: the size of it.
         alive: the atoms that can be chosen.
         chosen: the atoms that have been chosen already; they are not alive.
         weight: of `chosen`.
@@ -77,7 +77,7 @@ class Packing:
 
     @cached_property
     def coupled(self) -> bool:
-        """Whether there is more to heed than neighbours."""
+        """Whether there are other constraints than neighbours."""
         return bool(self.limits) or any(len(each) > 1 for each in self.closures)
 
     def feasible(self, chosen: Collection[int]) -> bool:
@@ -207,8 +207,8 @@ class _Atoms:
         savings: ns, by atom.
         neighbours: atoms never chosen together; an atom that rules itself out is its own neighbour.
         needs: atoms that an atom needs directly.
-        of: the atom of each candidate that is not part of a table.
-        mandatory: for each table that something forced is part of its atoms that hold all of that.
+        of: the atom of each candidate outside tables.
+        mandatory: for each table with forced candidates the atoms that hold all of these.
     """
 
     def __init__(self, component: Component) -> None:
@@ -298,7 +298,7 @@ class _Atoms:
 
 
 def _is_allowed(component: Component, chosen: set[int]) -> bool:
-    """Whether a part of a table contradicts nothing else that is known."""
+    """Whether a subset in a table contradicts no other constraint."""
     return (
         chosen.isdisjoint(component.forbidden)
         and not any(chosen.issuperset(pair) for pair in component.conflicts)

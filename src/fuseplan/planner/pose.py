@@ -1,4 +1,4 @@
-"""From matches to a problem: candidates, conflicts, couplings, prices, and what the user forces and forbids."""
+"""From matches to a problem: candidates, conflicts, couplings, prices, and the user's selectors."""
 
 import fnmatch
 import re
@@ -30,17 +30,16 @@ class Problem:
     Attributes:
         canonical: the graph.
         candidates: in order of name; the problem knows them by index.
-        program: what the solver is asked, in integers.
-        priced: their prices.
-        pricing: where they come from, for the rows behind them.
+        program: the solver's input, in integers.
+        priced: the candidates' prices.
+        pricing: the source of the prices, for the rows behind them.
         sites: the signature of every site, in graph order.
-        ineffective: selectors that select nothing in this graph.
+        ineffective: selectors without a match in this graph.
         forced: forcing selectors, each with its open candidates at each place.
         failed: candidates that failed verification or can't be packaged, or need one such, and why.
         unpriced: candidates that a plan doesn't apply since no price is known for them and they aren't forced.
-        unsure: candidates that a plan doesn't apply since the interval of what they save reaches below zero, and which
-            aren't forced.
-        unmet: candidates that lack what their rule requires, and what that is.
+        unsure: unforced candidates that a plan doesn't apply since the interval of their saving reaches below zero.
+        unmet: candidates without a fusion that their rule requires, and which one.
     """
 
     canonical: CanonicalGraph
@@ -62,8 +61,8 @@ class Problem:
         return (self.program.forbidden - self.unpriced) | self.failed.keys()
 
     def without(self, failed: Mapping[int, str]) -> "Problem":
-        """The same problem without candidates that failed, by index with the reasons, and those that need them. A place
-        where all forced candidates have failed is open again.
+        """The same problem without candidates that failed (reasons by index), and those that need them. A place whose
+        forced candidates have all failed is open again.
         """
         reasons = {**self.failed, **failed}
         program = self.program
@@ -110,9 +109,7 @@ class Problem:
         return [sum(savings[k] for savings in found if savings) for k in range(len(self.priced.tokens))]
 
     def interval(self, index: int) -> tuple[int | None, int | None]:
-        """The ends of the interval of what a candidate saves; None where its price is assumed, or nothing is known of
-        how far off prices are.
-        """
+        """The ends of the interval of a candidate's saving; None where its price is assumed, or errors aren't known."""
         if self.priced.provenance[index] is Provenance.ASSUMED or not self.priced.has_doubts:
             return None, None
         return self.priced.ends_of(index)
@@ -120,7 +117,7 @@ class Problem:
     def interval_of(
         self, selected: Sequence[int], saving_ns: int, size: int | None = None
     ) -> tuple[int | None, int | None]:
-        """The same of what a selection saves together, weighted over the sizes or at one of them."""
+        """The ends of the interval of a selection's saving, weighted over the sizes or at one of them."""
         is_known = all(self.priced.provenance[index] is not Provenance.ASSUMED for index in selected)
         if not is_known or not self.priced.has_doubts:
             return None, None
@@ -129,7 +126,9 @@ class Problem:
         return self.priced.ends_at(size, saving_ns, selected)
 
     def all_reduces(self, size: int) -> tuple[str, ...]:
-        """What the all-reduces of contested sites run unfused at one of the sizes, where they weren't measured."""
+        """The kernels that unfused all-reduces of contested sites run at one of the sizes, where they weren't
+        measured.
+        """
         known = zip(self.candidates, self.priced.provenance, strict=True)
         places = {place for each, how in known if how is not Provenance.MEASURED for place in each.places}
         return self.pricing.all_reduces(sorted(places), size)
@@ -165,8 +164,8 @@ class Problem:
         return components(self.program)
 
     def find_cycles(self, selected: Sequence[int]) -> list[tuple[int, ...]]:
-        """A `CycleFinder`. Matches of rules are contracted in the canonical graph; where there are others', all of them
-        in the original one too.
+        """A `CycleFinder`. Matches of rules are contracted in the canonical graph; with matches of passes, all are
+        contracted in the original graph, too.
         """
         ours = [i for i in selected if isinstance(self.candidates[i].match, Match)]
         groups = [self.candidates[i].match.consumed for i in ours]
@@ -206,8 +205,8 @@ def pose(
         external: of other people's passes, in any order.
         prices: of fusions.
         span: first and last number of tokens.
-        force: selectors of what has to be applied; see `selects`.
-        forbid: selectors of what must not.
+        force: selectors of fusions that have to be applied; see `selects`.
+        forbid: selectors of fusions that must not.
         rows: of the graph; None reads them.
 
     Raises:
@@ -256,8 +255,8 @@ def pose(
 def _unpriced(
     candidates: Sequence[Candidate], priced: Priced, forced: Sequence[frozenset[int]], structure: IntegerProgram
 ) -> frozenset[int]:
-    """Matches of rules without a price, except forced ones where no alternative has a price, and what these need.
-    Other people's passes were handed over to be applied: for them an assumed price will do.
+    """Matches of rules without a price, except forced ones where no alternative has a price, and those that these need.
+    Users hand passes over to be applied: an assumed price will do for them.
     """
     assumed = {
         index
@@ -274,7 +273,9 @@ def _unpriced(
 
 
 class _Doubtful(NamedTuple):
-    """What a plan doesn't apply since it may not gain, and what it only applies with something that surely does."""
+    """Candidates that a plan doesn't apply since they may not gain, and pairs whose first one it only applies with the
+    second, which surely gains.
+    """
 
     unsure: frozenset[int]
     only_with: frozenset[tuple[int, int]]
@@ -283,9 +284,9 @@ class _Doubtful(NamedTuple):
 def _unsure(
     candidates: Sequence[Candidate], priced: Priced, forced: frozenset[int], structure: IntegerProgram
 ) -> _Doubtful:
-    """Matches of rules of which neither the interval of what they save stays at zero or above, nor that of something
-    that is only applied with them, with all that it needs. Rows of a table have spreads, by which they were compared;
-    for what is declared its owner vouches; other people's passes were handed over to be applied.
+    """Matches of rules whose saving's interval reaches below zero, alone and together with any match that requires
+    them. Measured rows were compared by their spreads; owners vouch for declared prices; users want their passes
+    applied.
     """
     if not priced.has_doubts:
         return _Doubtful(frozenset(), frozenset())
@@ -311,7 +312,7 @@ def _unsure(
 
 
 def _closures(structure: IntegerProgram, count: int) -> list[frozenset[int]]:
-    """By candidate, all that is applied wherever it is."""
+    """By candidate, all candidates that are applied with it."""
     needs: list[set[int]] = [{index} for index in range(count)]
     for i, j in structure.requires:
         needs[i].add(j)
@@ -332,7 +333,7 @@ def _closures(structure: IntegerProgram, count: int) -> list[frozenset[int]]:
 def _check_open(
     groups: Groups, forbidden: frozenset[int], forbid: Sequence[str], candidates: Sequence[Candidate]
 ) -> None:
-    """Refuses forcing selectors all of whose candidates are forbidden."""
+    """Refuses forcing selectors whose candidates are all forbidden."""
     ruled_out: dict[str, set[int]] = {}
     for text, group in groups:
         if group <= forbidden:
@@ -384,14 +385,14 @@ def selects(text: str, candidate: Candidate) -> bool:
 
 
 def _groups(text: str, candidates: Sequence[Candidate], structure: IntegerProgram) -> list[frozenset[int]]:
-    """The groups of a forcing selector: at each place one of the candidates that it selects there, whoever runs it."""
+    """The groups of a forcing selector: its candidates at each place, of which one is applied, by any provider."""
     by_place: dict[object, list[int]] = {}
     for index, candidate in enumerate(candidates):
         if selects(text, candidate):
             by_place.setdefault(candidate.site.ordinal if candidate.site else candidate.name, []).append(index)
     groups: list[frozenset[int]] = []
     for place in by_place.values():
-        # Of candidates that don't exclude each other, e.g. coupled ones, all are meant.
+        # Candidates that don't exclude each other, e.g. coupled ones, are all applied.
         exclusive = all((i, j) in structure.conflicts for k, j in enumerate(place) for i in place[:k])
         groups += [frozenset(place)] if exclusive else [frozenset((index,)) for index in place]
     return groups

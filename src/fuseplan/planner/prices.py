@@ -18,7 +18,7 @@ class Prices:
     Attributes:
         model: of the device that the plan is for.
         table: measured rows, or a user's own.
-        source: which of the two; `auto` takes the table where it has all rows of a component, and else the model.
+        source: model or table; `auto` takes the table where it has all rows of a component, and else the model.
     """
 
     model: CostModel
@@ -28,13 +28,13 @@ class Prices:
 
     @property
     def key(self) -> list[str]:
-        """What a plan depends on."""
+        """The fields that a plan depends on."""
         model = [self.model.name, self.model.pad, content_of(self.model.hardware).digest]
         return [*model, self.source, self.table.digest if self.table else ""]
 
     @property
     def launch_ns(self) -> int:
-        """A kernel with next to nothing to do."""
+        """The time of a kernel with next to no work."""
         return round(self.model.hardware.launch.value)
 
     @property
@@ -52,12 +52,12 @@ class Prices:
         return self._once(key, lambda: of_fused_op(shape.fused(self.model, provider, reduce=reduce, tail=tail)))
 
     def within(self, shape: Shape, provider: str, *, reduce: bool, tail: Tail | None) -> Estimate:
-        """What a site adds to the fused op of another one that takes parts of it, by the model."""
+        """The time that a site adds to another site's fused op that fuses parts of it, by the model."""
         key = ("within", shape, provider, reduce, tail)
         return self._once(key, lambda: of_fused_op(shape.within(self.model, provider, reduce=reduce, tail=tail)))
 
     def rest(self, shape: Shape, *, reduce: bool, tail: Tail | None) -> Estimate:
-        """What a fused op leaves of a site, by the model."""
+        """The parts of a site that a fused op leaves, by the model."""
         return self._once((shape, reduce, tail), lambda: shape.rest(self.model, reduce=reduce, tail=tail))
 
     def _once(self, key: Hashable, compute: Callable[[], tuple[Kernel, ...]]) -> Estimate:
@@ -66,14 +66,14 @@ class Prices:
         return self._cache[key]
 
     def times(self, signature: str, alternative: str, rows: Sequence[int]) -> "list[tuple[int, int]] | None":
-        """(time, spread) in ns of a component under an alternative, by size; None where the table hasn't all of it."""
+        """(time, spread) in ns of a component under an alternative, by size; None where the table lacks a size."""
         assert self.table is not None
         times = [self.table.interpolate(row_key(signature, alternative), each) for each in rows]
         known = [time for time in times if time is not None]
         return known if len(known) == len(times) else None
 
     def deviations(self, signature: str, alternatives: tuple[str, str], rows: int) -> Exposure:
-        """What the difference of two alternatives that the table has is exposed to, at one size."""
+        """The exposure of the difference of two alternatives in the table, at one size."""
         assert self.table is not None
         keys = [row_key(signature, each) for each in alternatives]
         return {f"{ROW}{key}": sign * self.table.deviation(key, rows) for key, sign in zip(keys, (1, -1), strict=True)}

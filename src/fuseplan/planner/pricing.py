@@ -51,16 +51,15 @@ class Priced:
     Attributes:
         tokens: the sizes.
         values: the saving of each candidate, weighted over sizes, in ns.
-        savings: the saving of each candidate at each size; empty where it isn't known.
-        costs: what each candidate's op and the copies of its results take at the middle size; None where nothing is
-            known of it.
+        savings: the saving of each candidate at each size; empty where unknown.
+        costs: the time of each candidate's op and of the copies of its results at the middle size; None where unknown.
         provenance: where each candidate's price is from.
-        alternatives: of components measured as a whole, what each alternative saves.
-        together: likewise, at each size.
+        alternatives: the saving of each alternative of components measured as a whole.
+        together: the same at each size.
         unfused: all contested sites, as Inductor leaves them, by size.
-        errors: how far off the model is.
-        doubts: what the error of each candidate's saving comes from.
-        together_doubts: of components measured as a whole, likewise of each alternative.
+        errors: the model's.
+        doubts: the sources of error of each candidate's saving.
+        together_doubts: the same of each alternative of components measured as a whole.
     """
 
     tokens: tuple[int, ...]
@@ -78,16 +77,16 @@ class Priced:
 
     @property
     def has_doubts(self) -> bool:
-        """Whether anything is known of how far off these prices are."""
+        """Whether the errors of these prices are known."""
         return bool(self.errors or self.together_doubts)
 
     def ends(self, value_ns: int, more: Collection[int], less: Collection[int] = ()) -> tuple[int, int]:
-        """The ends of the interval of what a selection saves, or saves beyond another one, weighted over sizes.
+        """The ends of the interval of a selection's saving, or of its margin over another one, weighted over sizes.
 
         Args:
-            value_ns: what it saves, or the difference.
+            value_ns: the saving, or the difference.
             more: its candidates.
-            less: those of the other one.
+            less: the other selection's.
         """
         counts: dict[int, tuple[Doubt, int]] = {}
         for sign, selected in ((1, set(more) - set(less)), (-1, set(less) - set(more))):
@@ -98,21 +97,21 @@ class Priced:
         return ends(value_ns, combined(parts), self.errors)
 
     def ends_of(self, index: int) -> tuple[int, int]:
-        """Those of what one candidate saves, computed once for all of equal components."""
+        """The ends for one candidate's saving, computed once for all of equal components."""
         key = self.values[index], id(self.doubts[index])
         if key not in self._known:
             self._known[key] = self.ends(self.values[index], (index,))
         return self._known[key]
 
     def ends_at(self, size: int, saving_ns: int, selected: Collection[int]) -> tuple[int, int]:
-        """The same at one of the sizes."""
+        """The ends for a selection's saving at one of the sizes."""
         parts = (
             (doubt.exposures[size], float(times)) for doubt, times in self._doubts(selected) if doubt.exposures
         )  # fmt: skip
         return ends(saving_ns, combined(parts), self.errors)
 
     def _doubts(self, selected: Collection[int]) -> list[tuple[Doubt, int]]:
-        """Those of a selection, each with how often it occurs: of equal layers it is the same object."""
+        """The doubts of a selection, each with its count: equal layers share one object."""
         left, found = set(selected), list[Doubt]()
         for members, doubts in self.together_doubts.items():
             if part := frozenset(left & members):
@@ -124,7 +123,7 @@ class Priced:
 
 
 class _Table(NamedTuple):
-    """What each alternative of a component that was measured as a whole saves, weighted and at each size."""
+    """The saving of each alternative of a component measured as a whole, weighted and at each size."""
 
     alternatives: dict[frozenset[int], int]
     by_size: dict[frozenset[int], tuple[int, ...]]
@@ -193,11 +192,11 @@ class Pricing:
         )
 
     def signature(self, places: Sequence[int]) -> str:
-        """Under which a table has a component with sites at `places`."""
+        """The key of a component with sites at `places` in a table."""
         return " & ".join(self.shapes[place][0].signature for place in places)
 
     def rows_at(self, places: Sequence[int], tokens: int) -> int:
-        """The rows of a component's first site at a number of the model's tokens: what a table calls tokens."""
+        """The rows of a component's first site at a number of the model's tokens: `tokens` of a table's rows."""
         return self._rows.at(self._inputs[places[0]], tokens)
 
     def all_reduces(self, places: Iterable[int], size: int) -> tuple[str, ...]:
@@ -248,9 +247,8 @@ class Pricing:
     def _modelled(
         self, candidate: Candidate
     ) -> tuple[tuple[Estimate, ...], tuple[int | None, ...], Provenance]:  # fmt: skip
-        """(what a candidate saves, what its op and copies take) by size, and how that is known. Where the model doesn't
-        know the op, and its owner hasn't said anything, it is assumed to save a launch for each op less, beside the
-        copies.
+        """(saving of a candidate, time of its op and copies) by size, and its provenance. An op that the model doesn't
+        know, without a declared cost, is assumed to save a launch for each op less, minus the copies.
         """
         match, site, sizes = candidate.match, candidate.site, len(self.tokens)
         if isinstance(match, ExternalMatch):
@@ -274,7 +272,9 @@ class Pricing:
     def _declared(
         self, candidate: Candidate, match: Match, parts: Taken | None, copied: Sequence[Estimate]
     ) -> tuple[tuple[Estimate, ...], tuple[int, ...]] | None:
-        """The same of an op whose provider says what it takes; None where the model doesn't know what it replaces."""
+        """The savings and times of an op whose provider declares its cost; None where the model doesn't know the ops it
+        replaces.
+        """
         model = self.prices.model
         savings, costs = list[Estimate](), list[int]()
         for index, tokens in enumerate(self.tokens):
@@ -296,7 +296,7 @@ class Pricing:
     def _known_parts(
         self, candidate: Candidate, parts: Taken, copied: tuple[Estimate, ...]
     ) -> tuple[tuple[Estimate, ...], tuple[int | None, ...]]:
-        """The same of an op that takes parts of a site, and maybe of others."""
+        """The savings and times of an op that fuses parts of a site, and maybe of others."""
         taken = self.taken(candidate, parts)
         kinds = [(self._kinds[place], each.reduce, each.tail) for place, each in taken]
         key = (tuple(kinds), candidate.provider, tuple(each.ns for each in copied))
@@ -315,13 +315,13 @@ class Pricing:
         return self._known[key]
 
     def taken(self, candidate: Candidate, parts: Taken) -> list[tuple[int, Taken]]:
-        """The ordinals of a candidate's sites, its own first, and what it takes of each."""
+        """The ordinals of a candidate's sites, its own first, and the parts that it fuses of each."""
         assert candidate.site is not None
         others = zip(candidate.others, parts.also, strict=True)
         return [(candidate.site.ordinal, parts), *((site.ordinal, each) for site, (_, each) in others)]
 
     def _replaced(self, taken: Sequence[tuple[int, Taken]], index: int) -> Estimate:
-        """Sites as Inductor leaves them, without what a fusion leaves of them."""
+        """The unfused time of the parts of sites that a fusion replaces."""
         total = EXACT
         for place, parts in taken:
             shape = self.shapes[place][index]
@@ -380,7 +380,7 @@ class Pricing:
     def _is_settled(
         self, component: Sequence[int], structure: IntegerProgram, missing: Collection[frozenset[int]]
     ) -> bool:
-        """Whether the alternatives that a table lacks are surely behind another one by the model."""
+        """Whether, by the model, all alternatives that a table lacks are surely worse than another one."""
         errors = self.prices.errors
         found = contenders(component, structure, self._model(component).prices, errors) if errors else ()
         return bool(found) and not any(frozenset(each) in missing for each in found)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from fuseplan.planner.disjoint_sets import DisjointSets
 
 CycleFinder = Callable[[Sequence[int]], Sequence[tuple[int, ...]]]
-"""The cycles that candidates make when they are applied together: for each the candidates on it, one or more cycles
-if there are any. Whatever holds all candidates of one of them is cyclic too.
+"""The cycles that candidates make when they are applied together: for each the candidates on it, one or more cycles if
+there are any. A selection with all candidates of one of them is cyclic, too.
 """
 
 
@@ -15,8 +15,8 @@ if there are any. Whatever holds all candidates of one of them is cyclic too.
 class IntegerProgram:
     """Maximise the saving of the selected candidates, as a 0-1 integer program.
 
-    A candidate is known by its index. Of selections that save the same the one with fewer candidates is preferred, then
-    the one that comes first when both are written in ascending order.
+    Candidates are indices. Among selections with equal savings the one with fewer candidates is preferred, then the
+    first in lexicographic order.
 
     Attributes:
         names: unique, in ascending order of a key that does not depend on the order of discovery.
@@ -30,8 +30,8 @@ class IntegerProgram:
         unsure: only selected where they are forced.
         only_with: pairs `(i, j)`: `i`, which is unsure by itself, only together with `j`, which requires it.
         alternatives: for components (see `components.components`) measured as a whole: the saving of each compatible
-            subset, in place of the sum of `savings_ns`. A subset that is absent is not allowed; the empty one always
-            is, and saves 0.
+            subset, in place of the sum of `savings_ns`. An absent subset is not allowed; the empty one always is, and
+            saves 0.
     """
 
     names: tuple[str, ...]
@@ -64,13 +64,13 @@ class IntegerProgram:
         return total + sum(self.savings_ns[candidate] for candidate in chosen)
 
     def unmeasured(self, selected: Collection[int]) -> frozenset[int]:
-        """Of a selection those in components measured as a whole, where no row has just this part of them."""
+        """The selected candidates in components measured as a whole, where no row has just this subset."""
         chosen = set(selected)
         parts = [(frozenset(chosen & members), savings) for members, savings in self.alternatives.items()]
         return frozenset().union(*(part for part, savings in parts if part and part not in savings))
 
     def uncoupled(self, selected: Collection[int]) -> frozenset[int]:
-        """Those of a selection that may not be in it, since a candidate that they need isn't."""
+        """The selected candidates that lack one that they need."""
         chosen = set(selected)
         lone = {i for i, j in self.requires if i in chosen and j not in chosen}
         return frozenset(lone.union(*(group & chosen for group in self.together if not group <= chosen)))
@@ -98,7 +98,7 @@ class Solution:
         objective_ns: the saving of the selection.
         bound_ns: no legal selection saves more.
         components: how many sets of candidates were solved independently of each other.
-        classes: how many of those differ.
+        classes: how many of these differ.
         nodes: branch-and-bound nodes visited.
         cuts: the sets of candidates found cyclic together on the way, in the order in which they were found.
     """

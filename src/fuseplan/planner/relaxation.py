@@ -1,7 +1,7 @@
 """An upper bound on a packing and a packing near it, by local ratio, in time linear in the conflicts.
 
-Conflicts that come from overlaps along a graph's order make an interval graph or close to one. On chordal graphs, of
-which interval graphs are some, bound and packing meet (A. Frank, 1975), so that most components never branch.
+Conflicts that come from overlaps along a graph's order make an interval graph or close to one. On chordal graphs, which
+include interval graphs, bound and packing meet (A. Frank, 1975), so that most components never branch.
 """
 
 from collections.abc import Collection, Sequence
@@ -9,7 +9,7 @@ from heapq import heapify, heappop, heappush
 
 
 class Relaxation:
-    """Neighbours alone; what else a packing has to heed is left to the caller."""
+    """Respects neighbours only; the packing's other constraints are left to the caller."""
 
     def __init__(self, weights: Sequence[int], neighbours: Sequence[Collection[int]], atoms: Collection[int]) -> None:
         self._weights, self._neighbours = weights, neighbours
@@ -23,8 +23,8 @@ class Relaxation:
     def solve(self, alive: Collection[int]) -> tuple[int, list[int]]:
         """A weight that no packing of atoms that are alive exceeds, and a packing of them.
 
-        Takes an atom, pays what is left of its weight once for a clique of it and its neighbours, and goes on with
-        weights reduced by that, until nothing weighs anything. Every packing has one atom of a clique at most.
+        Takes an atom, pays the rest of its weight once for a clique of it and its neighbours, reduces their weights by
+        that, and repeats until no weight is left. Every packing has at most one atom of a clique.
         """
         neighbours, later = self._neighbours, self._later
         left = {atom: self._weights[atom] for atom in self._order if atom in alive}

@@ -15,7 +15,7 @@ from fuseplan.graph.facts import aten, exact, hint, is_attention_op, targets_of,
 from fuseplan.graph.reach import is_view
 
 PRODUCTS = {aten.mm.default: 1, aten.addmm.default: 2, aten._scaled_mm.default: 1}
-"""And the place of the weight among their arguments."""
+"""Products with a weight, and the place of the weight among their arguments."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Rows:
         tokens: this product, in the symbols of the graph; None where the graph has none.
         traced: the number of tokens that the graph was traced with; 1 where no input shows it.
         environment: the `ShapeEnv` of the symbols, which has their ranges.
-        equal: what further symbols stand for, as the graph's guards have it. Of two inputs whose rows are added each
-            has symbols of its own.
+        equal: the expressions that further symbols equal by the graph's guards: two inputs whose rows are added have
+            different symbols.
     """
 
     tokens: Any
@@ -70,7 +70,7 @@ class Rows:
         return self.at_each(value, (tokens,))[0]
 
     def at_each(self, value: torch.Tensor, tokens: Sequence[int]) -> tuple[int, ...]:
-        """The same at several numbers of tokens."""
+        """The rows of a tensor at several numbers of tokens."""
         sizes: list[Any] = list(value.shape[:-1])
         key = tuple(map(exact, sizes))
         if key not in self._known:
@@ -90,7 +90,7 @@ class Rows:
         return self.most_of(value.shape[:-1], tokens)
 
     def most_of(self, sizes: Sequence[Any], tokens: int | None) -> float:
-        """The same of the product of some sizes."""
+        """The largest product of some sizes; infinity where nothing limits them."""
         rows, environment = _expression(sizes), _environment(sizes)
         if environment is None:
             return max(1, int(rows))
@@ -125,7 +125,7 @@ class Rows:
 
 def most_rows(graph: fx.Graph, tokens: int | None, rows: Rows | None = None) -> float:
     """The most tokens of a graph, or the most rows of a product with a weight, or queries of attention, where these are
-    more: where no input is of integers, or only positions are, nothing else tells.
+    more: they are the only evidence where no input is of integers, or only positions are.
 
     Args:
         graph: as Inductor made it.
@@ -165,7 +165,9 @@ def _expression(sizes: Iterable[Any]) -> Any:
 
 
 def _equal(environment: Any, kept: Collection[Any]) -> dict[Any, Any]:
-    """What symbols stand for by guards `left == right` of products and quotients, in `kept` ones as far as they can."""
+    """Symbols in terms of others by guards `left == right` of products and quotients, of `kept` ones as far as
+    possible.
+    """
     found: dict[Any, Any] = {}
     guards = (guard.expr for guard in environment.guards if isinstance(guard.expr, sympy.Eq))
     for demanded in (ShapeEnv.replace(environment, each) for each in guards):

@@ -20,19 +20,18 @@ DEFAULT_NODE_BUDGET = 20_000
 LARGE = 48
 """Atoms from which on a component that the root of the search doesn't settle goes to linear relaxations."""
 FIRST_NODES = 50
-"""What the search may spend on such a component before: most are settled by then, with all ties broken."""
+"""The search's budget for such a component before that: most are solved within it, with all ties broken."""
 FIRST_VISITS = 1_000_000
-"""At most how many conflicts these nodes may look at; a node looks at all of them."""
+"""The most conflicts that these nodes may look at; a node looks at all of them."""
 
 
 class Rival(NamedTuple):
-    """The best selection of a component that holds a candidate which the best one at all doesn't, or lacks one of its
-    candidates.
+    """The best selection of a component with a candidate that the optimum lacks, or without one that it has.
 
     Attributes:
-        lost_ns: by how much it saves less; negative where it saves more, by candidates that aren't sure to.
+        lost_ns: how much less it saves; negative where it saves more, but with unsure candidates.
         best: candidates of the best selection of the component.
-        selected: its own.
+        selected: candidates of the rival.
     """
 
     lost_ns: int
@@ -74,7 +73,7 @@ class Solver:
 
         Args:
             program: the candidates and their constraints.
-            find_cycles: of a selection that is legal otherwise; None: there can be none.
+            find_cycles: in a selection that is legal otherwise; None: there can be none.
 
         Raises:
             PlanError: forced fusions rule each other out.
@@ -133,7 +132,7 @@ class Solver:
     def _parts_of(
         self, program: IntegerProgram, cuts: tuple[tuple[int, ...], ...]
     ) -> tuple[list[tuple[int, ...]], list[Component]]:
-        """The components of a program, and their problems: rivals are asked for of what was solved just before."""
+        """The components of a program, and their problems; kept, since rivals are asked for right after solving."""
         if self._last is None or self._last[0] is not program or self._last[1] != cuts:
             members = components(program, cuts)
             self._last = program, cuts, members, isolate(program, members, cuts)

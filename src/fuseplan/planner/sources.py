@@ -14,14 +14,14 @@ def prices_of(
     config: PassConfig, environment: Environment, device: DeviceProfile | None, providers: Sequence[Provider] = ()
 ) -> Prices:
     """Prices as a configuration asks for them: the device's model, and the cost table that it or the environment names,
-    or else what `fuseplan tune` has measured on this machine, and, where the model may be asked too, what the package
-    has of the rest.
+    or else the measurements of `fuseplan tune` on this machine; where the model is allowed as well, the package's table
+    adds the rest.
 
     Args:
         config: names the table, or says whether there is to be one.
-        environment: likewise.
-        device: that is priced; None: this machine's.
-        providers: whose kernels are priced as they say, beside the built-in ones.
+        environment: names one, too.
+        device: the device to price for; None: this machine's.
+        providers: with timings of their own, beside the built-in ones.
 
     Raises:
         ConfigError: the table is broken or of another device, or `costs` is measured and there is none.
@@ -44,7 +44,7 @@ def prices_of(
 
 
 def _unnamed(profile: DeviceProfile, costs: str) -> CostTable | None:
-    """Measurements made here, if the device is this machine's, and those that the package has of the device."""
+    """Measurements made here, if the device is this machine's, and the package's for the device."""
     own = cached_table(profile.name) if profile == local_profile() else None
     shipped = shipped_table(profile.name) if costs == "auto" else None
     return own.before(shipped) if own is not None and shipped is not None else own or shipped

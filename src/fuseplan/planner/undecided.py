@@ -17,7 +17,7 @@ def undecided(problem: Problem, device: str) -> tuple[Unsure, ...]:
 
     Args:
         problem: of a graph.
-        device: that it was priced for.
+        device: the device that it was priced for.
     """
     found: dict[tuple[str, tuple[str, ...]], Unsure] = {}
     counts = Counter[tuple[str, tuple[str, ...]]]()
@@ -42,9 +42,7 @@ def undecided(problem: Problem, device: str) -> tuple[Unsure, ...]:
 
 
 def is_open(problem: Problem, component: Sequence[int]) -> bool:
-    """Whether measuring a component could tell more than is known: it can be measured, wasn't, and the user hasn't
-    decided.
-    """
+    """Whether measuring a component could add information: it can be measured, wasn't, and the user hasn't decided."""
     ours = all(isinstance(problem.candidates[index].match, Match) for index in component)
     forced = problem.program.forced.union(*problem.program.one_of)
     was_measured = frozenset(component) in problem.program.alternatives
@@ -53,7 +51,7 @@ def is_open(problem: Problem, component: Sequence[int]) -> bool:
 
 
 def open_alternatives(problem: Problem, component: Sequence[int]) -> list[tuple[int, ...]]:
-    """The alternatives of which one could be the best, the one that would be applied first."""
+    """The alternatives that could be the best, the one that would be applied first."""
     priced = problem.priced
     left = [index for index in component if index not in problem.ruled_out]
     prices = {
@@ -67,7 +65,7 @@ def open_alternatives(problem: Problem, component: Sequence[int]) -> list[tuple[
 
 
 def _kind(problem: Problem, component: Sequence[int], places: Sequence[int]) -> tuple[object, ...]:
-    """Equal components have equal ones."""
+    """A key that is equal for equal components."""
     shapes = tuple(tuple(problem.pricing.shapes[place]) for place in places)
     program, priced = problem.program, problem.priced
     first = {index: number for number, index in enumerate(component)}

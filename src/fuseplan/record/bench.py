@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from fuseplan.record.paired import Paired
 
 PLAIN = "torch.compile"
-"""What stands where a policy would, of the model compiled without fuseplan."""
+"""The name, in place of a policy, of the model compiled without fuseplan."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,11 +15,11 @@ class PolicyTime:
 
     Attributes:
         policy: its text, or `torch.compile`.
-        step_ns: the median over repeats of what a step takes.
+        step_ns: the time of a step, the median over repeats.
         spread_ns: the interquartile range.
         fused: replacements by rule, those that fired alone; empty for `torch.compile`.
         prices: where the plan's prices are from.
-        same_as: the policy before it that applies the same fusions, and whose figures these are.
+        same_as: an earlier policy that applies the same fusions; the figures are its.
         beside_plain: how much longer than plain `torch.compile` it takes; None for that itself.
     """
 
@@ -37,7 +37,7 @@ class BatchTimes:
     """All policies at one batch size.
 
     Attributes:
-        batch: sequences, each of which a step gives a token.
+        batch: sequences; a step decodes a token for each.
         steps: in one repeat.
         policies: in the order in which they are shown; the last is `torch.compile`.
     """
@@ -56,7 +56,7 @@ class BatchTimes:
         return self.batch * 1e9 / max(1, each.step_ns)
 
     def change(self, each: PolicyTime) -> float:
-        """What a step takes more than under plain `torch.compile`, as a share of that: -0.05 is 5 % less."""
+        """The extra time of a step over plain `torch.compile`, as a share: -0.05 is 5 % less."""
         return self._share(each.beside_plain.difference_ns) if each.beside_plain else 0.0
 
     def interval(self, each: PolicyTime) -> tuple[float, float]:
@@ -86,15 +86,15 @@ class Bench:
 
     Attributes:
         workload: its name.
-        tp: ranks of tensor parallelism, the slowest of which counts.
+        tp: ranks of tensor parallelism; the slowest one counts.
         device: as its maker names it.
         torch: torch's version.
         triton: Triton's, empty where it isn't installed.
         date: of the run, ISO 8601, in UTC.
-        repeats: interleaved, of which the median is taken.
+        repeats: interleaved ones; the median counts.
         batches: in ascending order.
         notes: caveats, one line each.
-        command: that ran it; empty where it was none.
+        command: the one that was run; empty where there was none.
     """
 
     workload: str

@@ -14,7 +14,7 @@ class Change:
     Attributes:
         range: first and last number of tokens, None where they aren't limited.
         before: rule and provider, e.g. `allreduce_rms triton`, or `unfused`; several where they were coupled.
-        after: likewise.
+        after: in the same form.
         count: in how many places.
         sources: the places in the user's model.
     """
@@ -32,8 +32,8 @@ class Difference:
 
     Attributes:
         range: first and last number of tokens, None where they aren't limited.
-        before_ns: the saving of the first there.
-        after_ns: the saving of the second.
+        before_ns: the saving under the first.
+        after_ns: the saving under the second.
     """
 
     range: tuple[int, int] | None

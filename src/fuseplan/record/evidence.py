@@ -1,5 +1,5 @@
-"""What a reader of a report can look up: the graph as boxes, the rows behind its numbers, and how the choice turns with
-the number of tokens. A comparison has it where it is asked for (`compare(..., evidence=True)`).
+"""The evidence behind a report: the graph as boxes, the rows behind its numbers, and how the choice changes with the
+number of tokens. A comparison has it on request (`compare(..., evidence=True)`).
 """
 
 from collections.abc import Mapping
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Box:
-    """One dialect op of a canonical graph, or all that is computed between two of them.
+    """One dialect op of a canonical graph, or all ops between two of them.
 
     Attributes:
         name: of the op's node, or of the first node of those between.
-        op: the dialect op's name; None where other ops are summed up.
-        ops: what the original graph calls for it, counted, e.g. `{"aten.mm.default": 1}`.
+        op: the dialect op's name; None for a box of other ops.
+        ops: the original graph's ops in it, counted, e.g. `{"aten.mm.default": 1}`.
         members: names of the canonical nodes in it.
-        inputs: places, in the drawing, of the boxes whose values it reads, ascending.
+        inputs: indices of the drawing's boxes that it reads, ascending.
         source: the module of the user's model that all of it belongs to, if known.
         line: `file.py:12`, the line of the user's model that it comes from, if there is one for all of it.
         value: dtype and shape of its first result, e.g. `bfloat16[s0, 2880]`.
@@ -49,8 +49,8 @@ class KernelTime:
     """One kernel of a modelled time, term by term, in nanoseconds; see `planner.costs.model`.
 
     Attributes:
-        name: what it runs.
-        launch: from its predecessor's end to its own with next to nothing to do.
+        name: of the kernel.
+        launch: from its predecessor's end to its own with next to no work.
         signal: waiting for other ranks.
         staging: copying to where other ranks can read.
         memory: bytes through cache and memory.
@@ -74,7 +74,7 @@ class CostRow:
         places: how many components of a step are of this class, in one graph and range.
         alternative: `unfused`, or the applied fusion: rule, fused op, provider.
         tokens: the size.
-        time_ns: of all ops of the class, those included that the alternative leaves unfused.
+        time_ns: of all ops of the class, including those that the alternative leaves unfused.
         spread_ns: the interquartile range; 0 where modelled.
         low_ns: the lower end of the interval that holds the time in 80 of 100 cases; None where that isn't known.
         high_ns: its upper end.
@@ -130,7 +130,8 @@ class PolicyAt:
 
 @dataclass(frozen=True, kw_only=True)
 class SizePoint:
-    """All policies at one size, each choosing for that size alone: where the choice turns, and the better policy.
+    """All policies at one size, each choosing for that size alone: shows where the choice changes, and the better
+    policy.
 
     Attributes:
         tokens: the size.
@@ -147,7 +148,7 @@ class SizePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """All of it, for one comparison.
+    """The evidence of one comparison.
 
     Attributes:
         drawings: one a graph.

@@ -14,7 +14,7 @@ from pathlib import Path
 from fuseplan.record.text import one_line
 
 ABANDONED_S = 3600
-"""Seconds after which a file that is being written is what a killed process has left: writing one takes a few."""
+"""Seconds after which a temporary file was left by a killed process: writing one takes a few."""
 
 
 def read_bytes(path: Path, most_bytes: int) -> bytes:
@@ -51,8 +51,8 @@ def exists(path: str) -> bool:
 
 @contextmanager
 def reading(what: str, path: Path | str, error: type[Exception]) -> Iterator[None]:
-    """Makes whatever is wrong with a file's content, a ValueError, or with the file, an OSError, an `error` of one line
-    that names the file.
+    """Turns a ValueError about a file's content, or an OSError about the file, into an `error` of one line that names
+    the file.
 
     Raises:
         Exception: of that type; its cause is the OSError, if it was one.
@@ -70,7 +70,7 @@ def check_writable(path: Path) -> None:
     """Finds out early, without writing anything, that `write_whole` would fail.
 
     Raises:
-        OSError: its folder isn't there or can't be written to, or it is something else than a file.
+        OSError: its folder isn't there or can't be written to, or it isn't a file.
     """
     target = _target(path)
     if target.is_dir():
@@ -86,7 +86,7 @@ def check_writable(path: Path) -> None:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes bytes, or a text in UTF-8. A reader of `path` meanwhile, or after a crash, finds the old file or the new.
 
-    A link stays one: what it points to is replaced.
+    A link stays one: its target is replaced.
 
     Raises:
         OSError: it can't be written; `path` is as it was.
@@ -106,11 +106,11 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def remove_abandoned(folder: Path, name: str | None = None) -> None:
-    """Removes what processes that were killed while they wrote have left in a folder.
+    """Removes temporary files that killed processes have left in a folder.
 
     Args:
         folder: where they wrote.
-        name: of the file that they wrote; None: any.
+        name: of the file that they were writing; None: any.
     """
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
@@ -144,7 +144,7 @@ def _target(path: Path) -> Path:
 
 @contextmanager
 def writing(what: str, path: Path, error: type[Exception]) -> Iterator[None]:
-    """Makes an OSError of what is written to `path` an `error` that says what couldn't be written, and why.
+    """Turns an OSError from writing `path` into an `error` that says what couldn't be written, and why.
 
     Raises:
         Exception: of that type.

@@ -1,4 +1,4 @@
-"""What a plan does at one place: a fusion, what lost to it, and contests that are alike."""
+"""A plan's choice at one place: a fusion, the losses to it, and classes of equal contests."""
 
 from dataclasses import dataclass
 
@@ -10,18 +10,17 @@ class Fusion:
     Attributes:
         rule: the rule's name, e.g. `allreduce_rms`.
         op: the fused op, e.g. `all_reduce_fused_add_rms_norm`.
-        provider: whose kernel runs it.
+        provider: runs the kernel.
         anchor: the node of the graph as Inductor made it whose value the match is named after.
         consumed: the canonical nodes that the fusion takes, by name.
         contested_op: the dialect op that other fusions could want too: the core of the match.
-        site: a name for the place that every candidate there shares: the core's node.
+        site: the name of the place, shared by all its candidates: the core's node.
         source: module path in the user's model, if known.
         saving_ns: its saving, weighted over the sizes of the range; None where nothing was priced.
         rounding_change: the graph's convention and the kernel's, where the configuration lets them differ.
-        site_class: what its site has in common with others that cost the same, as `CostRow.site` names it; None for
-            somebody else's pass.
-        provenance: how what it saves is known: `measured` or `modelled`; `declared`, where its owner says so;
-            `assumed`, where nobody does.
+        site_class: the class of its site, whose sites all cost the same, as `CostRow.site` names it; None for somebody
+            else's pass.
+        provenance: how the saving is known: `measured` or `modelled`; `declared` by its owner; else `assumed`.
         low_ns: the lower end of the interval that holds the saving in 80 of 100 cases; None where that isn't known.
         high_ns: its upper end.
     """
@@ -49,7 +48,7 @@ class Loss:
     Attributes:
         fusion: the fusion.
         blocked_by: the applied ones that took its nodes; empty where it was not worth it.
-        lost_ns: by how much less would be saved with it; negative where more would be, as can be under `ordered`.
+        lost_ns: how much less would be saved with it; negative where more would be, which happens under `ordered`.
         flips_at_ns: the longest time of its op at which it would be applied; None where no time is short enough.
         forbidden: whether it was ruled out by `PassConfig.forbid`.
         lost_low_ns: the lower end of the interval of `lost_ns`; None where that isn't known.
@@ -77,8 +76,8 @@ class SizePrice:
     Attributes:
         tokens: the size.
         unfused_ns: as Inductor leaves them.
-        saved_ns: the part of it that the applied fusions save.
-        all_reduces: what their all-reduces run unfused, as far as these are modelled, e.g. `NCCL ring LL`.
+        saved_ns: the saving of the applied fusions.
+        all_reduces: the kernels of their unfused all-reduces, as far as these are modelled, e.g. `NCCL ring LL`.
         saved_low_ns: the lower end of the interval of `saved_ns`; None where that isn't known.
         saved_high_ns: its upper end.
     """

@@ -1,4 +1,4 @@
-"""Where Dynamo couldn't go on with one graph: what is on both sides of a break is never fused."""
+"""Graph breaks of Dynamo: ops on both sides of one are never fused."""
 
 from dataclasses import dataclass
 

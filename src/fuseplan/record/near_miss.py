@@ -13,19 +13,19 @@ class NearMiss:
     """Places at which a rule doesn't match for one cause, counted.
 
     Attributes:
-        rule: the rule, None for what looked like a dialect op and wasn't one.
-        reason: the kind of thing that stood in the way.
+        rule: the rule, None for a lookalike of a dialect op.
+        reason: the kind of obstacle.
         op: the dialect op at the heart of it.
         detail: the first of them, for a person.
         source: the first place in the user's model.
         count: in how many places, over all graphs and ranges.
         mend: how to fix it, if known.
         nearness: how much of a match there is.
-        expected: what the pattern or the predicate asks for, the same in all of them.
-        found: what is there, likewise.
+        expected: the op or condition that the pattern or predicate requires, the same in all of them.
+        found: the actual op or value, the same in all of them.
         provider: who declines, if it is a provider.
         sources: all places in the user's model, of the nodes in the way.
-        sites: all places of what would have been fused.
+        sites: all places of the ops that would have been fused.
         line: the line of the user's model that the first node in the way comes from, if known.
         code: the text of that line, if known.
         nodes: of the first, names of the FX nodes concerned, the one in the way first.
@@ -50,9 +50,7 @@ class NearMiss:
 
 
 def near_misses_of(refusals: Iterable[Refusal]) -> tuple[NearMiss, ...]:
-    """One row a cause: the nearest first, then the most frequent; ops without a provider come after what can be
-    fixed.
-    """
+    """One row a cause: the nearest first, then the most frequent; ops without a provider come after fixable ones."""
     causes: dict[tuple[object, ...], list[Refusal]] = {}
     for refusal in refusals:
         causes.setdefault(cause_of(refusal), []).append(refusal)
@@ -60,7 +58,7 @@ def near_misses_of(refusals: Iterable[Refusal]) -> tuple[NearMiss, ...]:
 
 
 def is_of_a_place(refusal: Refusal) -> bool:
-    """Whether a refusal says how near a match was somewhere, and doesn't concern a whole graph or rule."""
+    """Whether a refusal concerns one place, and not a whole graph or rule."""
     return refusal.nearness is not None or refusal.reason not in _OF_A_WHOLE
 
 
@@ -82,10 +80,10 @@ _OF_A_WHOLE = frozenset(
 
 
 def cause_of(refusal: Refusal | NearMiss) -> tuple[object, ...]:
-    """What equal refusals share: all but names of nodes and symbols of sizes.
+    """The key of a cause: equal for refusals that differ only in places, names of nodes and symbols of sizes.
 
-    Two lines of the model with the same op in the way are two obstacles: both have to be changed. Where nothing is in
-    the way of the place itself, lines don't count.
+    Two lines of the model with the same op in the way are two obstacles: both have to be changed. Where no node is in
+    the way, lines don't count.
     """
     nearness = refusal.nearness or Nearness.REFUSED
     in_the_way = nearness is Nearness.OBSTRUCTED or refusal.reason is Reason.USERS

@@ -1,4 +1,4 @@
-"""By how much one call takes longer than another, from repeats that were taken in turns."""
+"""How much longer one call takes than another, from alternating repeats."""
 
 import math
 from collections.abc import Sequence
@@ -8,23 +8,23 @@ from statistics import NormalDist
 CONFIDENCE = 0.95
 
 EVEN = 0.01
-"""Of a time: a difference that surely is smaller is none."""
+"""As a share of a time: two times that surely differ by less count as equal."""
 
 MOST_REPEATS = 1000
 """More aren't worth advising."""
 
 EXACT = 40
-"""Repeats up to which the signed-rank distribution is counted out; beyond, it is a normal one."""
+"""Repeats up to which the signed-rank distribution is exact; beyond, it is approximated by a normal one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:
-    """The difference of two calls, repeat by repeat, so that what slows a while down slows both.
+    """The difference of two calls, repeat by repeat, so that a slow phase affects both.
 
     Attributes:
         difference_ns: the median of the means of all pairs of differences (Hodges and Lehmann).
         low_ns: the lower end of its 95 % confidence interval, by Wilcoxon's signed ranks. With 5 repeats it is one of
-            94 %, which is all that they give.
+            94 %, the most that they give.
         high_ns: the upper end.
         repeats: how many there were.
     """
@@ -52,12 +52,14 @@ class Paired:
         return self.low_ns > 0 or self.high_ns < 0
 
     def is_even(self, time_ns: int) -> bool:
-        """Whether whatever difference there is is below 1 % of a time."""
+        """Whether the difference is surely below 1 % of a time."""
         return max(abs(self.low_ns), abs(self.high_ns)) <= EVEN * time_ns
 
     @property
     def repeats_needed(self) -> int | None:
-        """How many repeats would make it clear, if it stays what it is; None where so many aren't worth it."""
+        """How many repeats would make the difference clear, if it stays the same; None where so many aren't
+        worth it.
+        """
         half = (self.high_ns - self.low_ns) / 2
         needed = math.ceil(1.2 * self.repeats * (half / max(1, abs(self.difference_ns))) ** 2)
         return max(needed, self.repeats + 1) if needed <= MOST_REPEATS else None

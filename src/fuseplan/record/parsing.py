@@ -10,16 +10,16 @@ MOST_DEPTH = 64
 """Objects and lists inside each other; fuseplan's own files have up to 8, and configurations of models a few more."""
 
 MOST_DIGITS = 40
-"""Of a whole number: more than any size or time has, and few enough to be a float too."""
+"""The most digits of a whole number: more than any size or time has, and few enough for a float, too."""
 
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
-"""A string, or what is left of the content where it doesn't end: each byte is looked at once."""
+"""A string, or the rest of the content where it doesn't end: each byte is looked at once."""
 _NO_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
 _OPENING = frozenset(b"[{")
 
 
 def parse_json(content: bytes, *, most_bytes: int, finite: bool = True) -> Any:
-    """What `json.loads` yields.
+    """The value of `json.loads`.
 
     Args:
         content: JSON in UTF-8.
@@ -57,7 +57,7 @@ def parse_object(content: bytes, *, most_bytes: int, schema: int) -> dict[str, A
     Args:
         content: of the file.
         most_bytes: of it.
-        schema: the only one that will do.
+        schema: the required one.
 
     Raises:
         ValueError: as `parse_json`; or it is no object, or one of another schema.

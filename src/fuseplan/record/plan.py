@@ -28,7 +28,7 @@ class Selected:
         signature: the op with dtypes, static sizes and attributes.
         source: module path in the user's model, if known.
         saving_ns: its saving, weighted over the sizes of the range.
-        provenance: how that is known: `measured`, `modelled`, `declared` by its owner, or `assumed`.
+        provenance: how the saving is known: `measured`, `modelled`, `declared` by its owner, or `assumed`.
         low_ns: the lower end of the interval that holds the saving in 80 of 100 cases; None where that isn't known.
         high_ns: its upper end.
     """
@@ -48,16 +48,16 @@ class Rejected:
 
     Attributes:
         name: as for `Selected`.
-        signature: likewise.
-        source: likewise.
+        signature: as for `Selected`.
+        source: as for `Selected`.
         saving_ns: its saving by itself; negative where it costs.
-        blocked_by: names of what is in its way; empty where it is just not worth it.
-        lost_ns: by how much a plan that has to apply it saves less; None where none can.
+        blocked_by: names of the fusions in its way; empty where it is just not worth it.
+        lost_ns: how much less a plan that has to apply it saves; None where none can.
         flips_at_ns: the longest time of its op at which it would be applied; None where no time is short enough, or its
             time isn't known.
         provenance: as for `Selected`.
-        low_ns: likewise.
-        high_ns: likewise.
+        low_ns: as for `Selected`.
+        high_ns: as for `Selected`.
         lost_low_ns: the lower end of the interval of `lost_ns`; None where that isn't known.
         lost_high_ns: its upper end.
     """
@@ -85,7 +85,7 @@ class Plan:
         range: first and last number of tokens, None where they aren't limited.
         device: the profile that it was priced for.
         prices: `modelled`, `measured`, `declared`, `assumed`, or several of them where candidates differ.
-        sites: the signature of every place that fusions could want, in graph order.
+        sites: the signature of every contested place, in graph order.
         selected: in order of name.
         rejected: in order of name.
         objective_ns: the saving of the selected together.
@@ -96,8 +96,7 @@ class Plan:
         cuts: sets of candidates that would be cyclic together.
         low_ns: the lower end of the interval of `objective_ns`; None where that isn't known.
         high_ns: its upper end.
-        ahead_ns: where the next best alternative of a place comes closest, what is saved beyond it; None where there is
-            none.
+        ahead_ns: the smallest margin over the next best alternative at a place; None where there is none.
         ahead_low_ns: the lower end of its interval.
         ahead_high_ns: the upper end.
     """
@@ -138,7 +137,7 @@ def choice_digest(sites: Sequence[str], chosen: Sequence[tuple[str, str]]) -> st
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
-    """A plan as plain JSON values, with what certifies and what identifies it."""
+    """A plan as plain JSON values, with its certificate and its digest."""
     return {**to_json(plan), "gap": plan.gap, "digest": plan.digest}
 
 
@@ -185,7 +184,7 @@ class SavedPlans:
 
         Raises:
             PlanError: there is none, it isn't one of this schema, it is larger than `LARGEST_BYTES`, or a digest
-                doesn't fit what it stands beside.
+                doesn't fit its plan.
         """
         with reading("plan file", path, PlanError):
             return cls._decode(parse_object(read_bytes(path, LARGEST_BYTES), most_bytes=LARGEST_BYTES, schema=SCHEMA))

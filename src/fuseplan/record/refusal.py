@@ -1,4 +1,4 @@
-"""Why something was not done. A refusal is a value: it is shown, counted and tested, never swallowed."""
+"""Why something was not fused. A refusal is a value: it is shown, counted and tested, never swallowed."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -34,11 +34,11 @@ class Reason(StrEnum):
     DISABLED = "disabled"
     """Switched off by a flag, the policy or the environment."""
     NO_EFFECT = "no effect"
-    """Switched on, but nothing it could do here."""
+    """Switched on, but without effect here."""
     TRAINING = "training"
     """The graph has a backward."""
     UNPRICED = "unpriced"
-    """Nobody has measured, modelled or declared what it takes."""
+    """Its cost is neither measured, modelled nor declared."""
     UNSURE = "unsure"
     """It may cost more than it saves, as far as prices tell."""
     COUPLED = "coupled"
@@ -54,20 +54,20 @@ class Reason(StrEnum):
     REPEATS = "repeats"
     """Data decides how often a step runs it, so it is counted once."""
     PACKAGE = "package"
-    """What AOTInductor writes calls fuseplan, which has to be there where it is loaded; or it can't call it."""
+    """An AOTInductor package calls fuseplan, which has to be installed where it is loaded; or it can't call it."""
 
 
 class Nearness(StrEnum):
     """How much of a match there is where a rule doesn't match, the nearest first."""
 
     REFUSED = "refused"
-    """All of its ops, as the pattern has them, and a predicate that failed."""
+    """All of its ops in the pattern's shape, and a predicate that failed."""
     OBSTRUCTED = "obstructed"
     """All of its ops, and something between them."""
     UNRECOGNIZED = "unrecognized"
     """Something that looks like one of its ops and isn't."""
     MISSING = "missing"
-    """All but an op that the same place in other layers has."""
+    """All but an op that other layers have at the same place."""
     DECLINED = "declined"
     """A match, which one provider declines and another takes."""
     ABSENT = "absent"
@@ -76,21 +76,21 @@ class Nearness(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """One thing that was not done.
+    """One fusion, or one request, that was not carried out.
 
     Attributes:
         reason: its kind.
         detail: one clause for a person: expected against found.
         rule: the rule that refused, if it was one.
-        op: the dialect op at the heart of what was refused, if there is one.
+        op: the dialect op at the heart of it, if there is one.
         nodes: names of the FX nodes concerned, the one in the way first.
         source: module path or line of the user's model, of the node in the way, if known.
         mend: how to fix it, if known.
-        nearness: how much of a match there is; None for what isn't about a place in a graph.
-        expected: the op that the pattern has in the place of the node in the way, or what the predicate asks for.
-        found: what is there.
+        nearness: how much of a match there is; None where no place in a graph is concerned.
+        expected: the op that the pattern has instead of the node in the way, or the condition of the predicate.
+        found: the actual op or value.
         provider: who declined, if it was a provider.
-        site: module path of what would have been fused, if known.
+        site: module path of the ops that would have been fused, if known.
         line: `file.py:12` of the line of the user's model that the node in the way comes from, if known.
         code: the text of that line, if known.
     """

@@ -1,5 +1,5 @@
-"""What happened: per graph and range under one policy (`GraphReport`), over all of them (`Report`), and several
-policies side by side (`Comparison`, the object that `fuseplan explain --json` prints).
+"""The record of a compilation: per graph and range under one policy (`GraphReport`), over all of them (`Report`), and
+several policies side by side (`Comparison`, the object that `fuseplan explain --json` prints).
 """
 
 from collections import Counter
@@ -41,18 +41,18 @@ class GraphReport:
         saved_high_ns: its upper end.
         unsure: classes of places where measuring could change the plan, by policy `planned`.
         unfused_ns: the unfused time of all contested sites, at the middle size.
-        step_ns: the unfused time of the whole graph at the middle size, estimated from what it moves and multiplies at
-            the device's limits, by `explain`; None where that isn't known.
+        step_ns: the unfused time of the whole graph at the middle size, estimated by `explain` from its memory traffic
+            and multiplications at the device's limits; None where that isn't known.
         plan_ns: how long the solver took.
         groups: names of the process groups whose collectives are in the graph.
         workspaces: shared memory that applied fusions need before they run: names of groups, of dtypes and of this
             rank's devices.
-        digest: of the applied fusions, as far as ranks have to agree on them: the same on every rank, or else none of
-            them runs it. Empty where nothing is.
+        digest: of the applied fusions, as far as ranks have to agree on them: unless it is the same on every rank, none
+            runs the plan. Empty where nothing is applied.
         verified: the fused ops that were checked against the unfused ones, those that failed included.
-        pending: applied fused ops that all ranks of their group verify together before the first run. The report after
-            it has them among `verified`.
-        from_cache: whether the report was stored by an earlier compilation, and found with a warm compile cache.
+        pending: applied fused ops that all ranks of their group verify together before the first run. The next report
+            has them among `verified`.
+        from_cache: whether an earlier compilation stored the report, and a warm compile cache brought it.
     """
 
     graph: str
@@ -82,7 +82,7 @@ class GraphReport:
 
     @property
     def is_lasting(self) -> bool:
-        """Whether it would come out so another time: not where something failed that isn't known to fail again."""
+        """Whether another run would have the same outcome: not where something failed that may succeed next time."""
         failed = any(each.transient for each in self.verified)
         return not failed and all(refusal.reason is not Reason.FAULT for refusal in self.refusals)
 
@@ -98,7 +98,7 @@ def again(report: GraphReport, ordinal: int, first: str | None = None, place: st
     Args:
         report: on the graph, which was compiled once.
         ordinal: makes its name unique.
-        first: module path of the call that the report's places are of.
+        first: module path of the call that the report's places belong to.
         place: module path of this call, below which its places are.
     """
 
@@ -131,8 +131,8 @@ class Report:
         rules: every rule that the configuration switched on, in order of name; `fused` has a key for each.
         graphs: one entry for each graph and range.
         warnings: flags without effect, and other things a user should see once.
-        force: selectors of what had to be applied.
-        forbid: selectors of what must not be.
+        force: selectors of fusions that had to be applied.
+        forbid: selectors of fusions that must not be applied.
         breaks: graph breaks met while tracing, of `explain`; a compilation doesn't see them.
     """
 
@@ -146,7 +146,7 @@ class Report:
     breaks: tuple[GraphBreak, ...] = ()
 
     def __str__(self) -> str:
-        """What `fuseplan explain` shows: a verdict, a table, near misses and warnings, as wide as the terminal."""
+        """The output of `fuseplan explain`: a verdict, a table, near misses and warnings, as wide as the terminal."""
         from fuseplan.report.terminal import render_report
         from fuseplan.report.text import as_text
 
@@ -238,7 +238,7 @@ class Report:
         return near_misses_of(refusal for _, refusal in self._of_places())
 
     def counted_in(self, miss: NearMiss) -> list[tuple[GraphReport, Refusal]]:
-        """What a row of `near_misses` counts, each refusal with the graph that it is of."""
+        """The refusals that a row of `near_misses` counts, each with its graph."""
         cause = cause_of(miss)
         return [(graph, refusal) for graph, refusal in self._of_places() if cause_of(refusal) == cause]
 
@@ -250,10 +250,10 @@ class Report:
 
 
 MOST_RANKS = 65_536
-"""Of tensor parallelism: more than any system has; torch's process groups end where a C int does."""
+"""The most ranks of tensor parallelism: more than any system has; torch's process groups are limited by a C int."""
 
 MOST_LAYERS = 10_000
-"""Of a model that is built from a number: more than any has, and building them ends within minutes."""
+"""The most layers of a model that is built from a number: more than any has, and building them ends within minutes."""
 
 ASSUMED = "assumed"
 """The provenance of a price that is neither measured, modelled nor declared."""
@@ -281,14 +281,15 @@ class Comparison:
     Attributes:
         workload: as the user named it.
         tp: ranks of tensor parallelism, up to `MOST_RANKS`.
-        device: the device profile whose providers were taken as present.
+        device: the device profile whose providers were assumed present.
         ranges: the compile ranges.
         reports: one for each policy.
         breaks: graph breaks met while tracing, one line each.
         trace_ns: time to build and trace the model.
         notes: caveats about the figures, one line each.
-        unconstrained: the first policy that what is forced and forbidden concerns, without it, where something is.
-        evidence: what a reader can look up, where it was asked for.
+        unconstrained: the first policy that forcing and forbidding affects, without them; None where nothing is forced
+            or forbidden.
+        evidence: the data behind the figures, where requested.
     """
 
     workload: str
@@ -304,7 +305,7 @@ class Comparison:
 
     @property
     def constrained(self) -> Report | None:
-        """The report that `unconstrained` is the other one of."""
+        """The counterpart of `unconstrained`."""
         free = self.unconstrained
         if free is None:
             return None
@@ -339,6 +340,6 @@ def merged(reports: Sequence[Report]) -> Report:
 
 
 def latest(reports: Iterable[Report]) -> list[Report]:
-    """The last report on each graph: ranks that settle before its first run may bring a second one."""
+    """The last report on each graph: ranks that settle before its first run may add a second one."""
     found = {tuple((each.graph, each.range, each.digest) for each in report.graphs): report for report in reports}
     return list(found.values())

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def to_json(value: Any) -> Any:
-    """A record as what `json.dumps` takes: dataclasses become objects, tuples lists, enums their values."""
+    """A record as input of `json.dumps`: dataclasses become objects, tuples lists, enums their values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Enum):
@@ -47,8 +47,8 @@ LONGEST_WHERE = 120
 
 
 class _MisfitError(Exception):
-    """Data of another form than a field has. The way to it is collected from the inside out, where there is one: to
-    carry it along would copy every name for all that is below it.
+    """Data that doesn't fit a field's type. Its path is collected from the inside out, and only on errors: carrying it
+    along would copy every name for each value below it.
     """
 
     def __init__(self, expected: str, found: Any) -> None:
@@ -120,7 +120,7 @@ def _fields(kind: Any) -> Mapping[str, tuple[Any, bool]]:
 
 
 def _within(step: str | int, kind: Any, data: Any) -> Any:
-    """What is decoded one step further inside."""
+    """Decodes a value one level further inside."""
     try:
         return _decode(kind, data)
     except _MisfitError as misfit:

@@ -1,4 +1,4 @@
-"""Records beside a compile cache, a file each: what can't be read isn't there."""
+"""Records beside a compile cache, a file each; an unreadable one counts as absent."""
 
 import json
 from pathlib import Path

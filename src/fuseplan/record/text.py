@@ -1,5 +1,5 @@
-"""Text from outside on one line of a terminal, a log or an error: it can't move the cursor, colour what follows, or
-look like a line of its own.
+"""Text from outside on one line of a terminal, a log or an error: it can't move the cursor, colour the text after it,
+or look like a line of its own.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ def printable(text: str) -> str:
 
 def one_line(value: object, longest: int = LONGEST_QUOTE) -> str:
     """The text of an error or of a file's content on one line, cut where it is long."""
-    # What can't be shown anyway isn't worth reading; a character can be a few as it is written.
+    # The part beyond the limit isn't worth escaping; one character can become several.
     text = printable(" ".join(str(value)[: 8 * longest].split()))
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 

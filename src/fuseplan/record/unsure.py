@@ -1,14 +1,14 @@
-"""Where measuring could change a plan: which alternatives decide, and how long it takes to measure them."""
+"""Where measuring could change a plan: the deciding alternatives, and how long it takes to measure them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 SECONDS = {"cpu": 4.0}
-"""What tuning takes for one alternative at one size, verifying and compiling included: of a norm and pad on two busy
-cores, 2026-11-29.
+"""Seconds that tuning takes for one alternative at one size, verifying and compiling included: measured on a norm and
+pad on two busy cores, 2026-11-29.
 """
 A_GPUS = 3.0
-"""The same on a GPU, by an order of magnitude: most of it is Inductor's, on the host."""
+"""The seconds on a GPU, an order of magnitude: most of it is Inductor's, on the host."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,14 +17,14 @@ class Unsure:
 
     Attributes:
         site: the class, as cost tables have it.
-        places: how many places of a graph are of it.
+        places: how many places of a graph belong to it.
         alternatives: those that could be the best, the one that is applied first; `unfused` where nothing is.
         tokens: the sizes at which they are measured.
-        ahead_ns: what the first of them saves beyond the next one, weighted over the sizes; negative where another one
-            saves more and isn't sure to; None where a price isn't known.
-        low_ns: the lower end of the interval that holds that in 80 of 100 cases; below zero.
+        ahead_ns: the margin of the first over the next one, weighted over the sizes; negative where another one saves
+            more, but not surely; None where a price isn't known.
+        low_ns: the lower end of the interval that holds the margin in 80 of 100 cases; below zero.
         high_ns: its upper end.
-        device: the profile that it was priced for.
+        device: the profile used for pricing.
     """
 
     site: str
@@ -43,7 +43,7 @@ class Unsure:
 
 
 def seconds_of(times: int, device: str) -> float:
-    """About how long it takes to take so many times on a device."""
+    """About how many seconds so many measurements take on a device."""
     return times * SECONDS.get(device, A_GPUS)
 
 

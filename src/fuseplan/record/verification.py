@@ -1,4 +1,4 @@
-"""What came of checking a fusion against the unfused ops, and what has still to be checked by all ranks of a group."""
+"""Results of verifying fusions against the unfused ops, and those that all ranks of a group still have to verify."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,18 +11,18 @@ class Verification:
     Attributes:
         rule: the fusion, or somebody's pass.
         op: the fused op.
-        provider: whose kernel was run; `external` of somebody's pass.
+        provider: ran the kernel; `external` for somebody's pass.
         signature: the op with dtypes, static sizes and attributes.
         tokens: the sizes that it was run at; empty where it couldn't be run here.
         passed: False: the fusion is not applied.
-        detail: what went wrong, with its numbers, or what was left out; None where all is well.
-        worst: the largest error as a share of what is allowed, at most 1.0 where it passed; None where nothing could be
+        detail: the failure, with its numbers, or the sizes left out; None where all is well.
+        worst: the largest error as a share of the allowed one, at most 1.0 where it passed; None where nothing could be
             compared.
         from_cache: whether the outcome is that of an earlier run with the same rule, kernel, versions and device.
         time_ns: how long it took, 0 where the outcome is from the cache.
-        ranks: how many ran it, each of them in the kernel of the others.
-        transient: whether it failed for what may be otherwise next time, i.e. for anything but wrong results: memory
-            that was short, a deadline, an error. Such an outcome is of this run alone.
+        ranks: how many ran it together.
+        transient: whether it failed for a reason that may be gone next time, i.e. for anything but wrong results: short
+            memory, a deadline, an error. Such an outcome only holds for this run.
     """
 
     rule: str
@@ -40,12 +40,12 @@ class Verification:
 
     @property
     def unverified(self) -> bool:
-        """Whether it is applied without: `detail` says why it couldn't be run, or not at all sizes."""
+        """Whether it is applied unverified: `detail` says why it couldn't be run, or not at all sizes."""
         return self.passed and self.detail is not None
 
     @property
     def failure(self) -> str:
-        """What is to be said of a kernel that didn't pass, after its name."""
+        """The predicate for a kernel that didn't pass, to follow its name."""
         return f"failed verification {self.detail}" if self.tokens else f"can't be verified: {self.detail}"
 
 
@@ -58,11 +58,11 @@ class Argument:
         value: a plain value, as JSON; None for the others.
         dtype: of a tensor, or the argument itself, without torch's prefix.
         shape: of a tensor, in elements; None for the others.
-        stride: likewise.
+        stride: of a tensor, in elements.
         misalignment: bytes from a multiple of the widest load to a tensor's first element.
         device: where a tensor lies.
         same_as: an earlier argument that is the very same tensor, if any.
-        fill: what all elements of a tensor are, of a constant; None: they are drawn.
+        fill: the value of all elements of a constant tensor; None: they are drawn.
     """
 
     name: str
@@ -91,18 +91,18 @@ class PendingCase:
 
 @dataclass(frozen=True, kw_only=True)
 class Pending:
-    """One fused op by a provider whose kernel is collective: all ranks verify it together, before the first run of
-    the graph that it is in. It has all that this takes, since a warm compile cache brings no graph.
+    """One fused op by a provider whose kernel is collective: all ranks verify it together, before the first run of the
+    graph that it is in. It is self-contained, since a warm compile cache brings no graph.
 
     Attributes:
         rule: the fusion.
         op: the fused op.
-        ops: the rule's ops on one line, which tell it from others of its name.
-        provider: whose kernel is run.
+        ops: the rule's ops on one line, which distinguish it from others of its name.
+        provider: runs the kernel.
         signature: the op with dtypes, static sizes and attributes.
         group: the name of the process group.
-        cases: what it is run on, the smallest size first.
-        unfused: what the graph has in place of those arguments, where a kernel rounds elsewhere.
+        cases: the arguments that it is run on, the smallest size first.
+        unfused: the graph's arguments instead of those, where a kernel rounds elsewhere.
     """
 
     rule: str
@@ -116,6 +116,6 @@ class Pending:
 
     @property
     def common(self) -> list[Any]:
-        """What has to be equal on all ranks; they may call groups and devices otherwise."""
+        """The fields that have to be equal on all ranks; names of groups and devices may differ."""
         sizes = [[case.tokens, *(argument.shape for argument in case.arguments)] for case in self.cases]
         return [self.rule, self.op, self.ops, self.provider, self.signature, sizes]

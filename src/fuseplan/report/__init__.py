@@ -1,4 +1,4 @@
-"""Renderers of the record, and locks: what a record is held against."""
+"""Renderers of the record, and locks, which reports are compared with."""
 
 from fuseplan.report.bench import bench_to_json, render_bench
 from fuseplan.report.contract import comparison_to_json, report_to_json

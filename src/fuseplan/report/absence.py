@@ -1,4 +1,4 @@
-"""Why a fusion that was expected at a place isn't there, from what a report says about that place."""
+"""Why a fusion that was expected at a place isn't there, as a report tells."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +17,7 @@ MOST_BREAKS = 3
 """Graph breaks that one cause names."""
 
 GRAPH_ENDS = ("an input of the graph", "the graph's output")
-"""What is found in the place of an op where a graph starts or ends."""
+"""The `found` texts where a graph starts or ends in place of an op."""
 
 
 class AbsenceKind(StrEnum):
@@ -40,9 +40,9 @@ class AbsenceKind(StrEnum):
     RENAMED = "renamed"
     """It is applied, at a place that has another name."""
     BROKEN = "graph break"
-    """The model is traced in several graphs, and what would be fused is not in one of them."""
+    """The model is traced in several graphs, and the ops to fuse are not in one of them."""
     GONE = "gone"
-    """Nothing of it is left."""
+    """None of its ops is left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Absence:
         kind: its kind.
         detail: one clause for a person.
         near_miss: the row of the report, narrowed down to those places.
-        winners: what took the nodes, as `RULE OP PROVIDER`.
+        winners: the fusions that took the nodes, as `RULE OP PROVIDER`.
         lost_us: how much less a place would save with it, the mean over places; negative where it would save more.
         line: `file.py:12` of the user's model, if known.
         code: the text of that line, if known.
@@ -71,7 +71,7 @@ class Absence:
 
 
 class Finding(NamedTuple):
-    """What a report says about one fusion at one place."""
+    """A report's statement about one fusion at one place."""
 
     kind: AbsenceKind
     found: Loss | Refusal | None = None
@@ -82,7 +82,7 @@ class Finding(NamedTuple):
 
 
 class Witness:
-    """A report, asked about single places."""
+    """A report that answers questions about single places."""
 
     def __init__(self, report: Report) -> None:
         self.report = report
@@ -112,9 +112,9 @@ class Witness:
         """Why a fusion isn't at a place, for each of `count` of them.
 
         Args:
-            kernel: what was expected.
+            kernel: the expected one.
             span: in which range.
-            place: a module path; None: at some place without one.
+            place: a module path; None: any place without one.
             count: how many are missing.
         """
         policy = self.policy_off(kernel.rule)
@@ -129,12 +129,12 @@ class Witness:
         return found[:count] + found[:1] * (count - len(found))
 
     def is_gone(self, kernel: Kernel, span: Span, place: str) -> bool:
-        """Whether a place isn't there any more, as far as a rule can tell: it neither matches there nor nearly."""
+        """Whether a place has gone, as far as a rule can tell: it has neither a match nor a near miss there."""
         is_there = (span, kernel.rule, place) in self._matches or self._refused(kernel, span, place)
         return not is_there and self.policy_off(kernel.rule) is None
 
     def policy_off(self, rule: str) -> Finding | None:
-        """That the policy applies a rule nowhere, whatever there is in the graph; None where it may."""
+        """The finding that the policy never applies a rule, whatever the graph; None where it may."""
         report = self.report
         if report.policy == "off":
             return Finding(AbsenceKind.OFF, None, "the policy is off, which applies nothing")
@@ -143,11 +143,11 @@ class Witness:
         return None
 
     def of_rule(self, rule: str) -> Iterator[tuple[Finding, Span, str | None]]:
-        """Every obstacle to a rule: at which range and place, a line of code where there is no module."""
+        """Every obstacle to a rule, with its range and place: a line of code where there is no module."""
         if self.policy_off(rule) is not None:
             return
         for graph in self.report.graphs:
-            # Where one provider lost to another of the same rule, the rule is there.
+            # A rule is there where one of its providers lost to another.
             there = {fusion.site for fusion in graph.applied if fusion.rule == rule}
             mine = [loss for loss in graph.lost if loss.fusion.rule == rule and loss.fusion.site not in there]
             cheapest = {loss.fusion.site: loss for loss in sorted(mine, key=lambda loss: loss.margin, reverse=True)}
@@ -161,14 +161,14 @@ class Witness:
             yield from ((Finding(AbsenceKind.LEFT_ALONE, refusal), span, None) for refusal in refusals)
 
     def _refused(self, kernel: Kernel, span: Span, place: str | None) -> list[Finding]:
-        """What is there of the rule, at the place itself."""
+        """The rule's near misses at the place itself."""
         here = self._refusals.get((span, place), [])
         mine = [each for each in here if each.rule == kernel.rule and _concerns(each, kernel)]
         return _near([each for each in mine if each.nearness not in (Nearness.MISSING, Nearness.ABSENT)])
 
     def _nearest(self, kernel: Kernel, span: Span, place: str | None) -> list[Finding]:
-        """What is far from a match of the rule at the place, else anything there, else of the rule in the same layer,
-        else what the place lacks beside other layers, which is a guess; the nearest first.
+        """Distant near misses of the rule at the place, else any refusal there, else the rule's in the same layer, else
+        the ops that the place lacks beside other layers, which is a guess; the nearest first.
         """
         here, rule = self._refusals.get((span, place), []), kernel.rule
         tiers: list[Callable[[], Iterable[Refusal]]] = [
@@ -184,7 +184,7 @@ class Witness:
         return []
 
     def _is_absent(self, refusal: Refusal) -> bool:
-        """Whether the rest of a pattern isn't there; where a graph breaks it may be, in another graph."""
+        """Whether the rest of a pattern is absent; it may be in another graph where the model's graph breaks."""
         return refusal.nearness is Nearness.ABSENT and not (self.report.breaks and refusal.found in GRAPH_ENDS)
 
     def _layer(self, span: Span, place: str | None) -> list[Refusal]:
@@ -204,7 +204,7 @@ class Witness:
 
     @property
     def broken(self) -> str:
-        """How many graphs the model is traced in, and where it breaks; empty where it doesn't."""
+        """The number of graphs that the model is traced in, and its breaks; empty without any."""
         if not self.report.breaks:
             return ""
         lines = list(dict.fromkeys(each.line or each.reason for each in self.report.breaks))
@@ -213,8 +213,8 @@ class Witness:
         return f"the model is traced in {graphs}, broken at {', '.join(lines[:MOST_BREAKS])}{more}"
 
     def _changed(self, kernel: Kernel, span: Span, place: str | None) -> list[Finding]:
-        """What the rule matches as at the place, if that is something else than it was. What other kernels lost to is
-        no reason for this one's absence: that it isn't among them is.
+        """The other ops or providers that the rule matches with at the place. Their losses don't explain this kernel's
+        absence; that it isn't among them does.
         """
         at_site = self._matches.get((span, kernel.rule, place), {})
         others = [kernels for kernels in at_site.values() if kernel not in kernels]
@@ -231,7 +231,7 @@ class Witness:
 
 
 def absences(findings: Sequence[Finding]) -> list[Absence]:
-    """What each finding comes to. Those that are the same but for places share one object."""
+    """The absence of each finding. Findings that differ only in places share one object."""
     alike: dict[object, list[Finding]] = defaultdict(list)
     keys = [_key(finding) for finding in findings]
     for key, finding in zip(keys, findings, strict=True):
@@ -251,7 +251,7 @@ def _key(finding: Finding) -> object:
 
 
 def _absence(findings: Sequence[Finding]) -> Absence:
-    """Of findings that are alike."""
+    """The absence of equal findings."""
     kind, detail = findings[0].kind, findings[0].detail
     refusals = {id(each.found): each.found for each in findings if isinstance(each.found, Refusal)}
     losses = [each.found for each in findings if isinstance(each.found, Loss)]
@@ -307,20 +307,20 @@ def _of_contest(kind: AbsenceKind, losses: Sequence[Loss]) -> Absence:
 
 
 def _lead(lost_us: float | None) -> str:
-    """By how much the winners save more, or less where they came first of an order."""
+    """How much more the winners save, or less where they came first in an order."""
     if lost_us is None:
         return ""
     return f", {abs(lost_us):.1f} us a place {'behind' if lost_us < 0 else 'ahead'}"
 
 
 def _concerns(refusal: Refusal, kernel: Kernel) -> bool:
-    """Whether a refusal can explain that a kernel isn't there: what one provider declines, another takes."""
+    """Whether a refusal can explain a kernel's absence: one provider may take the arguments that another declines."""
     is_mine = (refusal.rule, refusal.provider) == (kernel.rule, kernel.provider)
     return is_mine or refusal.nearness is not Nearness.DECLINED
 
 
 def _is_obstacle(refusal: Refusal) -> bool:
-    """Whether a refusal says more of a place than that one rule has no business there."""
+    """Whether a refusal says more about a place than that one rule doesn't apply there."""
     has_parts = refusal.nearness in (Nearness.REFUSED, Nearness.OBSTRUCTED, Nearness.UNRECOGNIZED)
     return has_parts and refusal.reason not in (Reason.DISABLED, Reason.PROVIDER)
 

@@ -42,7 +42,7 @@ def bench_to_json(bench: Bench) -> dict[str, Any]:
 
 
 def render_bench(bench: Bench) -> Group:
-    """A table for each batch size, and what a reader has to know."""
+    """A table for each batch size, and notes."""
     head = f"{bench.workload}  TP={bench.tp}, {bench.device}, torch {bench.torch}, {bench.repeats} interleaved repeats"
     parts: list[Any] = [Text(printable(head), style="bold"), Text("")]
     for times in bench.batches:
@@ -53,7 +53,7 @@ def render_bench(bench: Bench) -> Group:
 
 
 def gain(bench: Bench) -> str:
-    """One sentence: what a step takes under the plan beside plain torch.compile, at the first batch size."""
+    """One sentence: the time of a step under the plan beside plain torch.compile, at the first batch size."""
     times = bench.batches[0]
     planned, low, high = times.policies[0], *times.interval(times.policies[0])
     took = f"{time_text(planned.step_ns)} a step under the plan, {time_text(times.plain.step_ns)} under {PLAIN}"
@@ -74,7 +74,7 @@ def gain(bench: Bench) -> str:
 
 
 def _needed(times: BatchTimes, each: PolicyTime) -> int | None:
-    """How many repeats would settle what is unclear; None where nothing is, or so many aren't worth it."""
+    """How many repeats would settle an unclear difference; None where it is clear, or so many aren't worth it."""
     return each.beside_plain.repeats_needed if each.beside_plain and _is_open(times, each) else None
 
 
@@ -86,7 +86,7 @@ def _is_open(times: BatchTimes, each: PolicyTime) -> bool:
 
 
 def _doubts(times: BatchTimes) -> Iterator[str]:
-    """What the repeats leave open, and how many would settle it."""
+    """The differences that the repeats leave open, and how many would settle them."""
     for each in times.policies:
         if each.same_as is None and _is_open(times, each):
             needed = _needed(times, each)

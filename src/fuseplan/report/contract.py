@@ -39,7 +39,7 @@ def comparison_to_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def report_to_json(report: Report) -> dict[str, Any]:
-    """What one compilation did, as plain JSON values: counts, conflicts and near misses, then graph by graph."""
+    """The report of one compilation as plain JSON values: counts, conflicts and near misses, then graph by graph."""
     return {
         "schema": SCHEMA,
         **_policy(report),
@@ -53,7 +53,9 @@ def report_to_json(report: Report) -> dict[str, Any]:
 
 
 def _counterfactual(comparison: Comparison) -> dict[str, Any] | None:
-    """What forcing and forbidding changes, beside the same policy without it; None where there is nothing of it."""
+    """The effect of forcing and forbidding, beside the same policy without; None where nothing is forced or
+    forbidden.
+    """
     free, asked = comparison.unconstrained, comparison.constrained
     if free is None or asked is None:
         return None

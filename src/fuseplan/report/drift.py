@@ -1,4 +1,4 @@
-"""What changed between a lock and a report: which fusion, where, and why."""
+"""The changes between a lock and a report: which fusion, where, and why."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +13,7 @@ from fuseplan.report.places import fold
 
 
 class DriftKind(StrEnum):
-    """What became of a fusion."""
+    """The fate of a fusion."""
 
     LOST = "lost"
     MOVED = "moved"
@@ -42,11 +42,11 @@ class Drift:
 
     Attributes:
         change: lost, moved or gained.
-        before: what the lock has, as `RULE OP PROVIDER`; None where it has nothing.
-        after: what the report has, likewise.
+        before: the lock's fusion, as `RULE OP PROVIDER`; None where it has none.
+        after: the report's fusion, in the same form.
         count: in how many places, over all graphs and ranges.
         where: these places.
-        cause: why what the lock has isn't there; None for what is gained.
+        cause: why the lock's fusion isn't there; None for a gained one.
     """
 
     change: DriftKind
@@ -71,7 +71,7 @@ def drifts(lock: FusionLock, report: Report) -> tuple[Drift, ...]:
     """The differences between a report and its lock, in the ranges of the lock.
 
     Args:
-        lock: what is expected.
+        lock: the expected fusions.
         report: the answer to the same question.
     """
     witness = Witness(report)
@@ -101,7 +101,7 @@ def _units(before: Placed, after: Placed, span: Span, witness: Witness) -> Itera
         gained[kernel, new] -= 1
         yield _Unit(span, old, kernel, kernel, Finding(AbsenceKind.RENAMED, now=new))
     lost, gained = +lost, +gained
-    # What has come to a place. Places without a module path can't be distinguished.
+    # The kernels that are new at a place. Places without a module path can't be distinguished.
     come: dict[str | None, list[Kernel]] = defaultdict(list)
     for (kernel, place), count in sorted(gained.items(), key=_by_text, reverse=True):
         if place is not None:
@@ -117,8 +117,8 @@ def _units(before: Placed, after: Placed, span: Span, witness: Witness) -> Itera
 
 
 def _renamed(lost: Placed, gained: Placed, span: Span, witness: Witness) -> list[tuple[Kernel, str, str]]:
-    """Fusions that are still in their layer, at places with other names: (kernel, name before, name now). Which is
-    which isn't known where a layer has several, and so as many have to be there as before.
+    """Fusions that are still in their layer, at places with other names: (kernel, name before, name now). Where a layer
+    has several, they can't be told apart, and so there have to be as many as before.
     """
     taken = {place for _, place in lost}, {place for _, place in gained}
     old: dict[tuple[Kernel, str], list[str]] = defaultdict(list)
@@ -154,7 +154,7 @@ def _drift(units: Sequence[_Unit], cause: Absence | None) -> Drift:
 
 
 def wheres(found: Iterable[tuple[Span, str | None]]) -> tuple[Where, ...]:
-    """Places by range, those together that are the same in several.
+    """Places by range; ranges with the same places share an entry.
 
     Args:
         found: range and module path of each.

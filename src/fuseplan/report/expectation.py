@@ -1,4 +1,4 @@
-"""How many fusions a report has against how many were expected, and what explains those that are missing."""
+"""The number of fusions in a report beside the expected number, and the causes of missing ones."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -10,14 +10,14 @@ from fuseplan.report.lock import Span
 from fuseplan.report.paragraphs import Line, break_paragraphs, cause_lines, where_text
 
 MOST_CAUSES = 5
-"""Causes that are shown of one rule, the likeliest first."""
+"""Causes shown for one rule, the likeliest first."""
 
 
 def unmet(report: Report, expected: Mapping[str, int]) -> list[list[Line]]:
-    """Paragraphs about every rule whose count differs; none where all are met.
+    """Paragraphs about every rule whose count differs; none where all counts are met.
 
     Args:
-        report: what there is.
+        report: the actual fusions.
         expected: fusions by rule, over all graphs and ranges.
     """
     fused = report.fused
@@ -51,7 +51,7 @@ def _about(report: Report, rule: str, expected: int) -> Iterator[list[Line]]:
 
 
 def _nothing(witness: Witness, rule: str, nothing: str) -> str:
-    """The text for a rule where the report has no obstacle, and `nothing` (else) of it."""
+    """The text for a rule without an obstacle in the report, of which the graph has `nothing` (else)."""
     policy = witness.policy_off(rule)
     if policy is not None:
         return policy.detail
@@ -61,7 +61,7 @@ def _nothing(witness: Witness, rule: str, nothing: str) -> str:
 
 
 def _missing(witness: Witness, rule: str) -> list[tuple[Absence, list[tuple[Span, str | None]]]]:
-    """Causes with their places: matches first, then what is nearest to one, then what is most frequent."""
+    """Causes with their places: matches first, then the nearest misses, then the most frequent."""
     found = list(witness.of_rule(rule))
     places: dict[int, list[tuple[Span, str | None]]] = defaultdict(list)
     made: dict[int, Absence] = {}

@@ -1,9 +1,9 @@
-"""A fusion lock: which fusions a model has, and all that has to be asked again to find out whether it still has them.
+"""A fusion lock: the fusions of a model, and the settings to check later whether it still has them.
 
 It pins a device profile, modelled costs and a policy, and names places by module path, so that it is the same on every
 machine. It is made to be committed and read in diffs: a fusion lost in layer 7 turns `layers.0-35.norm` into
-`layers.0-6,8-35.norm`. Rules that match and aren't applied are not in it: what they would do is no promise, and every
-new rule or provider would change it.
+`layers.0-6,8-35.norm`. It leaves out rules that match and aren't applied: they promise nothing, and every new rule or
+provider would change them.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from fuseplan.report.places import MOST_PLACES, fold, module_of, unfold
 SCHEMA = 1
 LARGEST_BYTES = 2**20
 MOST_ENTRIES = 1000
-"""Of a list of settings, each of which is asked of every match or graph."""
+"""The most entries of a list of settings; each is checked at every match or graph."""
 MODELLED = "modelled"
 ANY_SIZE = "any size"
 """The range of graphs that serve every number of tokens."""
@@ -44,7 +44,7 @@ class Kernel(NamedTuple):
 
     @classmethod
     def of(cls, fusion: Fusion) -> "Kernel":
-        """That of a fusion."""
+        """The kernel of a fusion."""
         return cls(fusion.rule, fusion.op, fusion.provider)
 
     @classmethod
@@ -69,11 +69,11 @@ Placed = Counter[tuple[Kernel, str | None]]
 
 @dataclass(frozen=True, kw_only=True)
 class LockSettings:
-    """The question that a lock is the answer to.
+    """The settings that a lock's fusions are valid for.
 
     Attributes:
-        workload: as it is named; a configuration by its path from the lock's folder.
-        device: the profile whose providers are taken as present and whose costs are modelled.
+        workload: its name; a configuration by its path from the lock's folder.
+        device: the profile whose providers are assumed present and whose costs are modelled.
         policy: as on the command line.
         ranges: compile ranges, ascending, e.g. `1:64`; empty: one graph serves every size.
         tp: ranks of tensor parallelism, up to `MOST_RANKS`; None where the caller made the model.
@@ -84,7 +84,7 @@ class LockSettings:
         forbid: selectors of fusions not to apply.
         allow_rounding_changes: whether kernels may round elsewhere than the graph.
         flags: of `PassConfig`, where they aren't the defaults.
-        limits: of `PassConfig`, likewise.
+        limits: of `PassConfig`, where they aren't the defaults.
     """
 
     workload: str
@@ -128,7 +128,7 @@ class LockSettings:
         return tuple(map(parse_span, self.ranges)) or (None,)
 
     def changes(self, other: "LockSettings") -> dict[str, tuple[str, str]]:
-        """Where another question differs, by name of the setting: its text here and there."""
+        """Differences to other settings, by name: the text here and there."""
         return {
             each.name: (setting_text(mine, each.name), setting_text(theirs, each.name))
             for each in dataclasses.fields(self)
@@ -138,10 +138,10 @@ class LockSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class FusionLock:
-    """Which fusions there are.
+    """The fusions of a model.
 
     Attributes:
-        settings: those of the check.
+        settings: of the check.
         fusions: for each set of ranges with the same fusions, `RULE OP PROVIDER` with its folded places.
         schema: of the file.
 
@@ -168,7 +168,7 @@ class FusionLock:
         """The fusions of a report.
 
         Args:
-            settings: those of the check.
+            settings: of the check.
             report: the answer.
         """
         same: dict[frozenset[tuple[Any, int]], list[Span]] = {}
@@ -218,7 +218,7 @@ class FusionLock:
         return dict(sorted(counts.items()))
 
     def text(self) -> str:
-        """The content of the file: sorted, ranges by their numbers, what isn't set left out."""
+        """The content of the file: sorted, ranges by their numbers, without unset settings."""
         given = {name: value for name, value in to_json(self.settings).items() if value not in (None, False, [], {})}
         # As text 513:8192 comes before 65:512.
         in_order = sorted(self.fusions.items(), key=lambda item: parse_span(item[0].split(", ")[0]) or (0, 0))
@@ -301,11 +301,11 @@ def parse_span(text: str) -> Span:
 
 
 def contradiction(changes: Mapping[str, tuple[str, str]], other: str) -> str:
-    """What contradicts a lock, as the end of a sentence.
+    """The contradictions of a lock, as the end of a sentence.
 
     Args:
         changes: as `LockSettings.changes` yields them.
-        other: who says it.
+        other: the source of the other settings.
     """
     pinned, said = (
         " and ".join(f"{name}={one_line(texts[side])}" for name, texts in changes.items()) for side in (0, 1)

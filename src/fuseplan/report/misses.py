@@ -38,7 +38,7 @@ def causes(rows: Iterable[NearMiss]) -> list[Cause]:
 
 
 def render_near_misses(rows: Sequence[NearMiss]) -> tuple[list[RenderableType], list[RenderableType]]:
-    """What nearly matched, in full; and what providers decline and what is far from a match, in a line each."""
+    """Near misses in full; declined matches and distant misses in a line each."""
     near = [row for row in rows if row.nearness not in (Nearness.DECLINED, Nearness.ABSENT)]
     shown = causes(near)
     lines: list[RenderableType] = []
@@ -67,7 +67,7 @@ def _paragraph(cause: Cause) -> Iterator[RenderableType]:
 
 
 def _declined(rows: Sequence[NearMiss]) -> Iterator[str]:
-    """Providers that don't take what others take."""
+    """Providers that decline matches which others take."""
     for cause in causes(row for row in rows if row.nearness is Nearness.DECLINED):
         row = cause.row
         mend = f"; {row.mend}" if row.mend else ""
@@ -75,7 +75,7 @@ def _declined(rows: Sequence[NearMiss]) -> Iterator[str]:
 
 
 def _far(rows: Sequence[NearMiss]) -> Iterator[str]:
-    """Ops that a fusion starts or ends with, and nothing of the rest near them."""
+    """Ops that a fusion starts or ends with, without any of the rest near them."""
     grouped: dict[tuple[str, ...], list[NearMiss]] = {}
     for cause in causes(row for row in rows if row.nearness is Nearness.ABSENT):
         grouped.setdefault((*cause.rules, str(cause.row.expected)), []).append(cause.row)

@@ -13,7 +13,7 @@ from fuseplan.report.lock import Kernel
 from fuseplan.report.text import entry
 
 MOST_LINES = 6
-"""Folded places that are listed; of more the first ones, and how many they are."""
+"""Folded places that are listed; beyond these the rest are counted."""
 
 STYLES = {
     "lost": "bold red", "wrong": "bold red", "moved": "bold yellow", "missed": "bold yellow", "gained": "bold green",
@@ -26,8 +26,8 @@ class Line:
     """One line of a paragraph.
 
     Attributes:
-        label: what kind of line it is; empty for one that continues the line before.
-        text: what it says, made printable: names of models can be anything.
+        label: the kind of line; empty for one that continues the line before.
+        text: its text, made printable: names of models can be anything.
     """
 
     label: str
@@ -38,7 +38,7 @@ class Line:
 
 
 def drift_paragraphs(drifts: Sequence[Drift], ranges: int) -> list[list[Line]]:
-    """One paragraph a cause: what changed, where, and why. Two rules that fail at the same thing have one cause.
+    """One paragraph a cause: the change, its places, and the reason. Two rules with the same obstacle have one cause.
 
     Args:
         drifts: as `drifts` yields them.

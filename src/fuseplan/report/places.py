@@ -7,25 +7,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from fuseplan.record.text import one_line
 
 MOST_PLACES = 100_000
-"""More than any model has: what unfolds to more is a mistake, or meant to exhaust the reader's memory."""
+"""More than any model has: lines that unfold to more are a mistake, or meant to exhaust memory."""
 
 NO_MODULE = "(no module)"
 """Stands for places that belong to no module of the user's model."""
 
 _NUMBER = re.compile(r"(?<![0-9])(?:0|[1-9][0-9]{0,8})(?![0-9])")
 _INDEX = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")
-"""A number that is all of a component: that of a layer, most likely."""
+"""A component that is only a number: most likely a layer's."""
 _RUNS = re.compile(r"(?<![0-9])[0-9]+(?:[-,][0-9]+)+")
 _LINE = re.compile(r":[0-9]+$")
 _COUNTED = re.compile(r"(.*) x([1-9][0-9]{0,8})", re.DOTALL)
 _MISWRITTEN = re.compile(r"[0-9][-,]{2,}[0-9]|[0-9][-,](?=\.|$)|(?:^|\.)[-,][0-9]| x[0-9]+$")
-"""What looks like a list of numbers or a count and is none: a slip, unless it is quoted."""
+"""Text that looks like a list of numbers or a count and is none: a slip, unless it is quoted."""
 _LITERAL = "="
 
 
 def places(sources: Iterable[str | None]) -> str:
-    """Module paths with runs of layer numbers folded: `layers.0-35.mlp`. For display: see `fold` for what can be read
-    back.
+    """Module paths with runs of layer numbers folded: `layers.0-35.mlp`. For display only: `fold` makes lines that can
+    be read back.
     """
     known = dict.fromkeys(source for source in sources if source is not None)
     return ", ".join(text for text, _ in _folded(known))
@@ -43,8 +43,8 @@ def fold(counts: Mapping[str | None, int]) -> tuple[str, ...]:
         counts: how often each place occurs, by module path; None: the places without one.
 
     Returns:
-        `layers.0-6,8-35.mlp`; ` x2` follows what occurs twice; `=` and a count stand around a path that would
-        otherwise be read as something else.
+        `layers.0-6,8-35.mlp`; ` x2` follows a place that occurs twice; `=` and a count enclose a path that would
+        otherwise be misread.
     """
     by_count: dict[int, list[str]] = {}
     for place, count in counts.items():
@@ -62,7 +62,7 @@ def unfold(lines: Iterable[str], most: int = MOST_PLACES) -> Counter[str | None]
 
     Args:
         lines: as `fold` yields them.
-        most: places that are left of `MOST_PLACES`.
+        most: places left of `MOST_PLACES`.
 
     Raises:
         ValueError: a line isn't of that form, two of them have a place in common, or there are too many places.
@@ -98,7 +98,7 @@ def _folded(texts: Iterable[str]) -> list[tuple[str, str]]:
     for text in texts:
         is_read_as_it_is = text.startswith(_LITERAL) or _RUNS.search(text)
         found = None if is_read_as_it_is else _INDEX.search(text) or _NUMBER.search(text)
-        # What has no number isn't what has one at its end: norm, norm1.
+        # A name without a number isn't one with a number at its end: norm, norm1.
         ends = (text[: found.start()], text[found.end() :]) if found else (text, None)
         numbers.setdefault(ends, []).extend([int(found[0])] if found else [])
     return [

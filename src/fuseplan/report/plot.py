@@ -31,7 +31,7 @@ def check_plot(path: Path) -> None:
 
 
 def plot_files(path: Path) -> tuple[Path, Path]:
-    """The PNG and the SVG that a path means, whether or not it ends like one of them."""
+    """The PNG and the SVG for a path, with or without one of their suffixes."""
     stem = path.with_suffix("") if path.suffix.lower() in (".png", ".svg") else path
     return stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")
 
@@ -58,7 +58,7 @@ def save_plot(bench: Bench, path: Path) -> tuple[Path, Path]:
 
 
 def _figure(bench: Bench) -> Any:
-    """Panels side by side, one a batch size: what a step takes under each policy, from zero, with its spread."""
+    """Panels side by side, one a batch size: the time of a step under each policy, from zero, with its spread."""
     from matplotlib.figure import Figure
 
     columns = min(COLUMNS, len(bench.batches))

@@ -1,4 +1,4 @@
-"""Policies by rules and by compile ranges: how often each rule fired, and what that saves, of what."""
+"""Policies by rules and by compile ranges: how often each rule fired, and the saving as a share."""
 
 from collections.abc import Sequence
 
@@ -14,20 +14,20 @@ LONGEST_NAME = 24
 """Columns of a policy's name in the table; longer ones take several lines."""
 
 LONGEST_RULE = 10
-"""Likewise of a rule's."""
+"""Columns of a rule's name."""
 
 GAP = 2
 
 WHOLE = "us unfused, of a step"
-"""The row of what savings are a share of."""
+"""The row of the totals that savings are a share of."""
 
 SURE = "80 % interval, us"
-"""The row of the interval that holds what the first policy saves."""
+"""The row of the interval of the first policy's saving."""
 
 
 class Policies:
-    """Policies by rules and by ranges: a table where the terminal is wide enough for it, two where it is not, and else
-    one paragraph a policy. Policies that come to the same are one row.
+    """Policies by rules and by ranges: a table where the terminal is wide enough, two where it is not, and else one
+    paragraph a policy. Policies with the same fusions share a row.
     """
 
     def __init__(self, comparison: Comparison, rules: Sequence[str]) -> None:
@@ -101,12 +101,12 @@ class Policies:
             lines.append(Text(policy_name(report), style="bold"))
             listed = [rule for rule in self.rules if not report.order or rule in report.order]
             lines += [indented(Text(f"{rule}  ").append_text(self._count(report, rule)), 4) for rule in listed]
-            lines += [indented(self._told(report, span), 4) for span in self.spans]
+            lines += [indented(self._in_words(report, span), 4) for span in self.spans]
         lines.append(Text("unfused", style="dim"))
         wholes = [Text(f"{self._at(span)}{self._whole(span)} us of a step", style="dim") for span in self.spans]
         return Group(*lines, *(indented(each, 4) for each in wholes))
 
-    def _told(self, report: Report, span: Span) -> Text:
+    def _in_words(self, report: Report, span: Span) -> Text:
         """A policy's saving, in words."""
         saved = Saved.of(report, span)
         step = f", {saved.step_share} of a step" if self._knows_steps else ""
@@ -116,7 +116,7 @@ class Policies:
         return "" if span is None or self.is_fixed else f"{tokens_of(span)} tokens: "
 
     def _head(self, span: Span) -> str:
-        """The range, and under it what a cell has."""
+        """The range, and under it the units of a cell."""
         units = "us  ops  step" if self._knows_steps else "us  ops"
         return units if span is None or self.is_fixed else f"{tokens_of(span)} tokens\n{units}"
 
@@ -145,11 +145,11 @@ class Policies:
 
     @property
     def _sure(self) -> list[str]:
-        """The intervals of what the first policy saves, by range."""
+        """The intervals of the first policy's saving, by range."""
         return [Saved.of(self.comparison.reports[0], span).interval for span in self.spans]
 
     def _legend(self) -> list[str]:
-        """What the columns are, and which policies have the same result."""
+        """The meaning of the columns, and the policies with the same result."""
         texts = [self._count(each, rule).plain for each, *_ in self.alike for rule in self.rules]
         several = any("/" in text for text in texts)
         counts = f"counts: fused, of the matches in a step{', range by range' if several else ''}"
@@ -162,7 +162,7 @@ class Policies:
         return lines
 
     def _sizes(self) -> str:
-        """At which numbers of tokens; nothing where the graphs serve one size alone."""
+        """The priced numbers of tokens; empty where the graphs serve one size alone."""
         graphs = [graph for graph in self.comparison.reports[0].graphs if graph.sizes]
         if self.is_fixed:
             return ""

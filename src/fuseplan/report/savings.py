@@ -1,4 +1,4 @@
-"""A policy's saving, and what it is a share of: the time of the contested ops, and of a whole step."""
+"""A policy's saving, as a share of the time of the contested ops, and of a whole step."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ WORK = (
     ("all_reduce", "all-reduce"), ("norm", "norm"), ("pad", "pad"), ("silu", "activation"), ("quant", "quantisation"),
     ("rope", "rotary embedding"), ("cache", "cache write"), ("attention", "attention"), ("linear", "linear layer"),
 )  # fmt: skip
-"""What fused ops do, by parts of their names."""
+"""The work of fused ops, by parts of their names."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Saved:
     """The saving of a step in one range under a policy.
 
     Attributes:
-        saved_ns: of a step.
+        saved_ns: the saving of a step.
         unfused_ns: the time of the contested ops, unfused.
         step_ns: the whole step, estimated; None where that isn't known.
         low_ns: the lower end of the interval of the saving; None where that isn't known.
@@ -65,7 +65,7 @@ class Saved:
 
     @property
     def step_share(self) -> str:
-        """Of the step: `2.0 %`; empty where that isn't known."""
+        """As a share of the step: `2.0 %`; empty where that isn't known."""
         return percent(self.saved_ns, self.step_ns) if self.step_ns else ""
 
 
@@ -127,18 +127,18 @@ def spans_of(comparison: Comparison) -> list[Span]:
 
 
 def is_fixed(comparison: Comparison) -> bool:
-    """Whether the graphs serve one size alone, so that no number of tokens is worth telling."""
+    """Whether the graphs serve one size alone, so that the number of tokens isn't worth mentioning."""
     return all(len(graph.sizes) <= 1 for graph in comparison.reports[0].graphs)
 
 
 def is_starved(report: Report, rule: str) -> bool:
-    """Whether a rule of an order matches and fires nowhere, and nothing that fired does its work."""
+    """Whether a rule of an order matches and fires nowhere, and no fusion that fired does its work."""
     fires = bool(report.fused.get(rule, 0)) or not report.matched.get(rule, 0)
     return rule in report.order and not fires and not is_covered(report, rule)
 
 
 def is_covered(report: Report, rule: str) -> bool:
-    """Whether all that a rule loses goes to fusions that take all that it would, and more: they do its work."""
+    """Whether a rule only loses to fusions of a superset of its nodes: they do its work."""
     losses = list(losses_of(report, rule))
     return bool(losses) and all(
         any(set(loss.fusion.consumed) < set(winner.consumed) for winner in loss.blocked_by) for loss in losses
@@ -150,7 +150,7 @@ def losses_of(report: Report, rule: str) -> Iterator[Loss]:
     for graph in report.graphs:
         taken = {(fusion.rule, fusion.anchor) for fusion in graph.applied}
         for loss in graph.lost:
-            # Another provider of a match that is applied has lost nothing of its rule's.
+            # Where a match is applied by another provider, the rule has lost nothing.
             if loss.fusion.rule == rule and (rule, loss.fusion.anchor) not in taken:
                 yield loss
 
@@ -195,7 +195,7 @@ def share_text(report: Report, saved: Saved) -> str:
 
 
 def why_nothing(report: Report, span: Span) -> str:
-    """Of a report whose rules match somewhere: `2 places match, but fusing them costs more than it saves`"""
+    """Why a report with matches fuses nothing: `2 places match, but fusing them costs more than it saves`"""
     graphs = graphs_of(report, span)
     unsure = {(each.op, each.nodes) for g in graphs for each in g.refusals if each.reason is Reason.UNSURE}
     losses = [loss for graph in graphs for loss in graph.lost]

@@ -15,7 +15,7 @@ LOGGER = "fuseplan.compiled"
 
 
 def alone(report: Report, name: str = "model") -> Comparison:
-    """A report as the only one of a comparison."""
+    """A comparison of one report."""
     spans = dict.fromkeys(graph.range for graph in report.graphs)
     devices = dict.fromkeys(graph.plan.device for graph in report.graphs if graph.plan is not None)
     return Comparison(
@@ -24,7 +24,7 @@ def alone(report: Report, name: str = "model") -> Comparison:
 
 
 def summary(report: Report) -> str:
-    """Where something is fused and what that saves, of what; or why nothing is."""
+    """Where something is fused, and the saving as a share; or why nothing is."""
     left = [
         each for graph in report.graphs for each in graph.refusals if each.reason in (Reason.TRAINING, Reason.DISABLED)
     ]
@@ -52,7 +52,7 @@ def tell(report: Report, *, hint: bool = True) -> None:
 
     Args:
         report: of one compilation.
-        hint: with how to get all of it.
+        hint: whether to add how to get the full report.
     """
     log = logging.getLogger(LOGGER)
     if not log.handlers:
@@ -64,7 +64,7 @@ def tell(report: Report, *, hint: bool = True) -> None:
 
 @contextmanager
 def untold() -> Iterator[None]:
-    """Without that line, where many models are compiled to be compared."""
+    """Suppresses that line while many models are compiled for a comparison."""
     log = logging.getLogger(LOGGER)
     log.disabled = True
     try:

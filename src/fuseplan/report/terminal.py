@@ -27,7 +27,7 @@ def render_comparison(comparison: Comparison, *, verbose: bool = False) -> Rende
 
     Args:
         comparison: of at least one policy.
-        verbose: with conflicts, declined matches, what was recognised and where the time went; so it is where nothing
+        verbose: with conflicts, declined matches, recognised ops and the time of each stage; always on where nothing
             matches.
     """
     comparison = shown(comparison)
@@ -47,8 +47,8 @@ def render_report(report: Report, name: str = "model", *, verbose: bool = False)
 
     Args:
         report: on one policy.
-        name: of what was compiled.
-        verbose: as of `render_comparison`.
+        name: of the compiled model.
+        verbose: as for `render_comparison`.
     """
     report, name = shown(report), printable(name)
     comparison = alone(report, name)
@@ -85,7 +85,7 @@ def _matches(comparison: Comparison) -> bool:
 
 
 def _by_range(comparison: Comparison, section: Section) -> list[RenderableType]:
-    """A section that counts what a step has. Ranges with the same result, figures aside, are shown once."""
+    """A section that counts a step's places. Ranges with the same result, figures aside, are shown once."""
     found: dict[str, list[tuple[str, list[RenderableType]]]] = {}
     every = list(dict.fromkeys(graph.range for graph in comparison.reports[0].graphs))
     for span in every:
@@ -105,7 +105,7 @@ def _by_range(comparison: Comparison, section: Section) -> list[RenderableType]:
 
 
 def _only(comparison: Comparison, span: tuple[int, int] | None) -> Comparison:
-    """What concerns one range."""
+    """The part of a comparison in one range."""
     reports = (replace(each, graphs=tuple(g for g in each.graphs if g.range == span)) for each in comparison.reports)
     return replace(comparison, reports=tuple(reports))
 
@@ -121,7 +121,7 @@ def _declined(comparison: Comparison) -> list[RenderableType]:
 
 
 def _asides(comparison: Comparison) -> list[tuple[str, list[RenderableType]]]:
-    """What explains a plan, and needs no action."""
+    """Sections that explain a plan, and need no action."""
     return [
         ("conflicts", _by_range(comparison, _conflicts)),
         ("uncontested matches", _by_range(comparison, _uncontested)),
@@ -131,7 +131,7 @@ def _asides(comparison: Comparison) -> list[tuple[str, list[RenderableType]]]:
 
 
 def _hidden(comparison: Comparison) -> list[RenderableType]:
-    """That there is more, where there is."""
+    """A hint at the hidden sections, if there are any."""
     names = [name for name, lines in _asides(comparison) if lines]
     names += ["declined matches"] if _declined(comparison) else []
     return [Text(f"more with -v: {enumerate_names(names)}", style="dim")] if names else []
@@ -145,7 +145,7 @@ def _headline(comparison: Comparison) -> Text:
 
 
 def _recognised(report: Report) -> Text:
-    """The ops that a step has."""
+    """The dialect ops of a step."""
     spans = dict.fromkeys(graph.range for graph in report.graphs)
     report = replace(report, graphs=tuple(graph for graph in report.graphs if graph.range == next(iter(spans))))
     found = ", ".join(f"{count} {name}" for name, count in sorted(report.recognized.items()) if count)
@@ -158,7 +158,7 @@ def _table(comparison: Comparison) -> list[RenderableType]:
 
 
 def _what_if(comparison: Comparison) -> list[RenderableType]:
-    """What forcing and forbidding costs, and what it changes where."""
+    """The cost of forcing and forbidding, and the changes by place."""
     free, asked = comparison.unconstrained, comparison.constrained
     if free is None or asked is None:
         return []
@@ -239,7 +239,7 @@ def _outcome(report: Report, conflicts: Sequence[ConflictClass]) -> Text:
 
 
 def _margin(conflict: ConflictClass) -> str:
-    """By how much a place would be worse off with the loser, and from which cost on it would not."""
+    """How much more a place would take with the loser, and the cost at which it would not."""
     if conflict.lost_us is None:
         return ""
     more = "more" if conflict.lost_us < 0 else "less"
@@ -266,7 +266,7 @@ def _flip(conflict: ConflictClass) -> str:
 
 
 def _not_worth_it(comparison: Comparison) -> list[RenderableType]:
-    """Of the first policy: matches that nothing else wants, and that cost more than they save."""
+    """The first policy's uncontested matches that cost more than they save."""
     lines: list[RenderableType] = []
     for conflict in comparison.reports[0].conflicts:
         if conflict.winner == UNFUSED:
@@ -295,7 +295,7 @@ def _uncontested(comparison: Comparison) -> list[RenderableType]:
 
 
 def _assumed(comparison: Comparison) -> list[RenderableType]:
-    """What the first policy applies without a known price."""
+    """Fusions that the first policy applies without a known price."""
     lines: list[RenderableType] = []
     for (rule, provider), fusions in comparison.reports[0].assumed.items():
         where = places(fusion.source for fusion in fusions)
@@ -338,7 +338,7 @@ def _footer(comparison: Comparison, verbose: bool) -> list[RenderableType]:
 
 
 def _unsure(comparison: Comparison) -> list[RenderableType]:
-    """That measuring could change the plan, what, and about how long it takes."""
+    """The note that measuring could change the plan, where, and about how long it takes."""
     found = comparison.reports[0].unsure
     if not found:
         return []
@@ -350,7 +350,7 @@ def _unsure(comparison: Comparison) -> list[RenderableType]:
 
 
 def _open(comparison: Comparison) -> list[RenderableType]:
-    """Where measuring could change the plan: the alternatives of which one could be the best."""
+    """Where measuring could change the plan: the alternatives that could be the best."""
     lines: list[RenderableType] = []
     for each in comparison.reports[0].unsure:
         lines.append(entry("unsure", f"{each.site}, {count_of(each.places, 'place')}"))
@@ -361,14 +361,14 @@ def _open(comparison: Comparison) -> list[RenderableType]:
 
 
 def _ahead(ns: int, low_ns: int | None, high_ns: int | None) -> str:
-    """By how much what is applied is ahead, or behind what isn't sure enough to be applied."""
+    """How far the applied alternative is ahead, or behind one that isn't sure enough to be applied."""
     if ns >= 0 or low_ns is None or high_ns is None:
         return f"ahead by {us(ns)} us ({between(low_ns, high_ns)})"
     return f"behind by {us(-ns)} us ({between(-high_ns, -low_ns)}), which isn't sure"
 
 
 def _all_reduces(comparison: Comparison) -> list[RenderableType]:
-    """What all-reduces are priced as where they aren't fused, by size."""
+    """The kernels that unfused all-reduces are priced as, by size."""
     found: dict[str, dict[int, None]] = {}
     for size in (size for graph in comparison.reports[0].graphs for size in graph.sizes):
         for name in size.all_reduces:

@@ -18,11 +18,11 @@ PIPED_WIDTH = 110
 """Columns of output that goes to no terminal, unless COLUMNS says otherwise."""
 
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
-"""Of consoles: names of workloads, modules and files are shown as they are."""
+"""Arguments of consoles: names of workloads, modules and files are shown as they are."""
 
 
 def as_text(content: RenderableType) -> str:
-    """What is shown where there is no colour: as wide as the terminal, or `PIPED_WIDTH` columns."""
+    """The text of a renderable without colour: as wide as the terminal, or `PIPED_WIDTH` columns."""
     width, text = shutil.get_terminal_size((PIPED_WIDTH, 24)).columns, io.StringIO()
     Console(file=text, width=width, **PLAIN).print(content)
     # Tables fill their lines up to their width.
@@ -35,8 +35,8 @@ def policy_name(report: Report) -> str:
 
 
 def warnings_of(report: Report) -> tuple[Refusal, ...]:
-    """Flags without effect, selectors that select nothing, why graphs were left unfused, and
-    what isn't counted as often as it runs.
+    """Flags without effect, selectors without a match, why graphs were left unfused, and regions that are counted once
+    though they may run more often.
     """
     whole = [
         refusal

@@ -26,8 +26,8 @@ REPORT, PLAN = "fuseplan_report", "fuseplan_plan"
 def publish(report: Report) -> None:
     """Logs the report of one compilation, and puts it and its plans among torch's trace artifacts.
 
-    INFO is one line a graph, DEBUG what was applied, what lost and what nearly matched, a line each. Where neither a
-    trace (`TORCH_TRACE`) nor the logger is on, next to nothing is done.
+    INFO is one line a graph, DEBUG adds a line for each fusion, loss and near miss. Where neither a trace
+    (`TORCH_TRACE`) nor the logger is on, this costs next to nothing.
     """
     for graph in report.graphs:
         if log.isEnabledFor(logging.INFO):

@@ -30,7 +30,7 @@ class Verdict:
         breaks: graph breaks met while tracing, one line each.
         warnings: flags and selectors without effect.
         written: whether the file was written.
-        mend: what to do where the differences are meant.
+        mend: what to do where the differences are intended.
     """
 
     path: str
@@ -45,7 +45,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether the file and the model agree, if only since the file was written."""
+        """Whether the file and the model agree, also where the file was just written."""
         return self.written or not self.drifts
 
     @property
@@ -66,7 +66,7 @@ class Verdict:
 
     @property
     def paragraphs(self) -> list[list[Line]]:
-        """What changed and why, and where the graph breaks; nothing where nothing changed."""
+        """The changes with their causes, and the graph breaks; empty where nothing changed."""
         if not self.drifts:
             return []
         return drift_paragraphs(self.drifts, len(self.lock.settings.spans)) + break_paragraphs(self.breaks)

@@ -1,6 +1,6 @@
-"""Puts the chosen fusions into the original graph and leaves every other node of it as it was.
+"""Puts the chosen fusions into the original graph and leaves its other nodes unchanged.
 
-Nothing has to be lowered back: what was raised and not fused was raised on a copy.
+Nothing has to be lowered back: ops that were raised and not fused were raised on a copy.
 """
 
 import operator
@@ -53,7 +53,7 @@ def apply(canonical: CanonicalGraph, chosen: Sequence[Match]) -> None:
 
 
 class _Rewriter:
-    """Values of the canonical graph in the original one, made where they aren't there yet."""
+    """Maps values of the canonical graph to nodes of the original one, making missing ones."""
 
     def __init__(self, canonical: CanonicalGraph, chosen: Sequence[Match]) -> None:
         self.canonical = canonical
@@ -66,7 +66,7 @@ class _Rewriter:
         self.replaced = canonical.claims(self.consumed)
 
     def replace(self, match: Match) -> None:
-        """Emits the fused op of one match and gives its results to whoever read the values it replaces."""
+        """Emits the fused op of one match and gives its results to the readers of the values it replaces."""
         originals = [self.canonical.origin[node] for node in match.consumed if node in self.canonical.origin]
         inputs = {name: value for name, value in match.values.items() if isinstance(value, fx.Node)}
         first = min(originals) if originals else self.canonical.source_node(match.anchor)
@@ -81,15 +81,15 @@ class _Rewriter:
         erase_dead(self.graph, [node for node in (*originals, *again) if not node._erased])
 
     def erase_unread(self) -> None:
-        """Erases results that nobody reads, what was computed again, and what only led to values that others stand for:
-        not before all matches are placed, since one may read what the original graph's readers reach through views that
-        are moved.
+        """Erases unread results, recomputed values, and nodes that only led to replaced values. It runs after all
+        matches are placed, since one of them may read a value that the original graph's readers reach through moved
+        views.
         """
         unread = (*self.results, *self.repeated, *sorted(node for node in self.replaced if not node._erased))
         erase_dead(self.graph, [node for node in unread if not node._erased])
 
     def _shared(self, value: fx.Node, reader: fx.Node) -> fx.Node:
-        """The same value, computed before for another match."""
+        """An equal value that was computed before for another match."""
         first = value if value in self.replaced else self.shared.first(value, reader)
         if first is not value:
             self.repeated.append(value)
@@ -114,7 +114,7 @@ class _Rewriter:
                 if value is None and node.target is fused and not kwargs:
                     value = _fake_value(
                         match.rule.op.fake, args
-                    )  # the dispatcher would call it, and takes as long again
+                    )  # the dispatcher would call it too, and doubles the time
                 mapping[node] = self._create(place, target, args, kwargs, match.core, value)
         return [mapping[node] for node in traced.outputs]
 
@@ -162,8 +162,8 @@ class _Rewriter:
         return self.placed[node]
 
     def _settle(self, node: fx.Node, result: fx.Node, match: Match) -> None:
-        """Lets `result`, or a copy of it, stand for a canonical node, and for the values computed from it if it has no
-        original itself.
+        """Replaces a canonical node by `result`, or a copy of it; if the node has no original, the values computed from
+        it as well.
         """
         original = self.canonical.origin.get(node)
         if original is not None and node in match.copied:
@@ -203,19 +203,19 @@ class _Rewriter:
         return self._create(place, aten.clone.default, (value,), kwargs, provenance)
 
     def _tell_readers(self, result: fx.Node, original: fx.Node, gone: Collection[fx.Node]) -> None:
-        """Brings up to date what is known of the views of a value that lies elsewhere than the one it replaces, and of
-        what is computed from it: Inductor reads strides off it, and what shares memory with what.
+        """Updates the fake values of views of, and values computed from, a result with another layout than the value it
+        replaces: Inductor reads strides and aliasing off them.
         """
         promise, value = tensor_of(original), tensor_of(result)
         assert promise is not None and value is not None
         for reader in sorted(carriers(result, gone, reordered=is_reordered(value, promise))):
             if reader is not result and all("val" in source.meta for source in reader.all_input_nodes):
                 value = _fake_value(reader.target, reader.args, reader.kwargs)
-                reader.meta = {**reader.meta, "val": value}  # the canonical graph has what it was
+                reader.meta = {**reader.meta, "val": value}  # the canonical graph keeps the old value
 
 
 class _Place:
-    """Where new nodes go: before `before`."""
+    """The place of new nodes: before `before`."""
 
     def __init__(self, before: fx.Node) -> None:
         self.before = before
@@ -229,13 +229,13 @@ class _Place:
 
 def _known_values(traced: Traced, match: Match) -> dict[fx.Node, Any]:
     """The fake values of a fused op and its results, where the nodes that they replace have them: running the op's fake
-    implementation again takes longer than all else.
+    implementation again takes longer than everything else.
     """
     known: dict[fx.Node, Any] = {}
     yielded = dict(zip(traced.outputs, match.yields, strict=True))
     for node, output, made in zip(traced.outputs, match.outputs, match.yields, strict=True):
         value = tensor_of(output)
-        # Nodes that share memory can't have values that don't.
+        # Nodes that share memory need values that do.
         direct = node.target in (operator.getitem, match.rule.op.overload) and traced.outputs.count(node) == 1
         if value is not None and direct and output not in match.loose and same_layout(value, made):
             known[node] = value
@@ -253,5 +253,5 @@ def _known_values(traced: Traced, match: Match) -> dict[fx.Node, Any]:
 
 
 def _fake_value(target: Any, args: Any, kwargs: Any = NO_KWARGS) -> Any:
-    """What a node would yield, computed on fake tensors."""
+    """A call's result, computed on fake tensors."""
     return computed(target, *fx.map_arg((args, dict(kwargs)), lambda source: source.meta["val"]))

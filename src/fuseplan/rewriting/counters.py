@@ -1,8 +1,8 @@
-"""Counters of a static cache: each layer has one, which says where its next token goes, and each step advances all.
+"""Counters of a static cache: each layer has one, the position of its next token, and each step advances all.
 
     position = arange(1) + counter;  ...;  counter.copy_(counter + 1)
 
-Of these Inductor makes a kernel for each layer, in the way of that layer's own.
+Inductor makes a kernel of these for each layer, which gets in the way of that layer's own.
 """
 
 from collections import defaultdict
@@ -21,7 +21,7 @@ _ADVANCE: Final = torch.ops.aten._foreach_add.Scalar
 
 
 def merge_counters(graph: fx.Graph) -> None:
-    """Advances all counters in one kernel, behind the fused ops, which read them as the positions of their one token.
+    """Advances all counters in one kernel, after the fused ops, which read them as the positions of their one token.
 
     Args:
         graph: topologically sorted; changed in place.
@@ -38,7 +38,7 @@ def merge_counters(graph: fx.Graph) -> None:
 
 
 def _advances(write: Call) -> bool:
-    """Whether a node puts into an input that holds one integer the sum of it and of a constant."""
+    """Whether a node adds a constant to an input of one integer, in place."""
     counter, advanced = write.args[:2]
     value = tensor_of(counter)
     return (

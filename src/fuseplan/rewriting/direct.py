@@ -1,8 +1,8 @@
-"""Calls of fused ops in the code that Inductor writes, past torch's dispatcher.
+"""Calls of fused ops in the code that Inductor writes, bypassing torch's dispatcher.
 
 `torch.ops.fuseplan.rms_norm_pad.triton(x, ...)` becomes `torch.ops.fuseplan.rms_norm_pad.triton.direct(key, x, ...)`.
-The key says what the arguments are like, as far as a launch follows from it: shapes, strides, dtypes, devices and plain
-values as they stand in the graph, and the values of the symbols in them. Layers that are alike share a key.
+The key has the properties of the arguments that determine a launch: shapes, strides, dtypes, devices and plain values
+as in the graph, and the values of their symbols. Equal layers share a key.
 """
 
 import hashlib
@@ -19,12 +19,12 @@ class DirectKernel(ir.FallbackKernel):
     """A call of an op's `direct`; of the op itself where Inductor writes C++, which can't make such calls."""
 
     def get_kernel_name(self) -> str:
-        """What the code calls."""
+        """The function that the code calls."""
         name: str = super().get_kernel_name()
         return name if _writes_cpp() else f"{name}.direct"
 
     def codegen_args(self) -> list[str]:
-        """What it is called with."""
+        """The arguments of the call."""
         args: list[str] = super().codegen_args()
         return args if _writes_cpp() else [key_of(self), *args]
 
@@ -45,7 +45,7 @@ def key_of(kernel: ir.FallbackKernel) -> str:
 
 
 def _symbols(values: Iterable[Any]) -> list[str]:
-    """Of all of them, in a fixed order."""
+    """The symbols of values, in a fixed order."""
     expressions = (getattr(getattr(value, "node", value), "expr", value) for value in values)
     return sorted(
         {str(symbol) for each in expressions if isinstance(each, sympy.Basic) for symbol in each.free_symbols}
@@ -53,7 +53,7 @@ def _symbols(values: Iterable[Any]) -> list[str]:
 
 
 def lower(target: Any) -> Callable[..., Any]:
-    """What Inductor makes of a call of an op.
+    """The lowering of an op for Inductor.
 
     Args:
         target: the overload.

@@ -1,9 +1,9 @@
-"""How Inductor lowers fused ops: as calls, with the layouts that it asks of custom ops.
+"""How Inductor lowers fused ops: as calls, with the layouts that it requires of custom ops.
 
-It would do so unasked where it first meets one, with two drawbacks. Up to torch 2.12 it then writes a log line, whether
-or not anybody reads it, of all that the call depends on, and of a graph in which every layer reads two results of the
-one before that takes exponential time: a final layer that no other layer was like took minutes behind eight of them.
-And the code that it writes calls the op by torch's dispatcher, which costs the host about as much as the launch.
+It would do so by itself at the first call, with two drawbacks. Up to torch 2.12 it then formats a log line, whether or
+not logging is on, with everything that the call depends on. Where every layer reads two results of the one before, that
+takes exponential time: a final layer unlike all others took minutes after eight layers. And the generated code calls
+the op through torch's dispatcher, which costs the host about as much as the launch.
 """
 
 from typing import Any, Final
@@ -19,11 +19,11 @@ IS_SLOW: Final = TorchVersion(torch.__version__) < "2.13"
 
 
 def add_fallbacks(graph: fx.Graph) -> None:
-    """Has Inductor know the fused ops of a graph before it lowers it: those that are called directly, and where its own
-    way to meet them is slow, all of them.
+    """Registers lowerings of a graph's fused ops with Inductor: of ops that are called directly, and where Inductor's
+    own fallback is slow, of all.
 
     Args:
-        graph: in which fused ops are.
+        graph: a graph with fused ops.
     """
     for node in graph.nodes:
         if is_fused(node) and (IS_SLOW or hasattr(called_by(node), "direct")):

@@ -1,4 +1,4 @@
-"""An op that writes to its arguments, as a graph holds it before Inductor writes in place."""
+"""An op that writes to its arguments, in the functional form that graphs have before Inductor writes in place."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from fuseplan.graph.ops import DialectOp
 def functionalized(
     op: DialectOp, implementation: "torch._ops.OpOverload", args: tuple[Any, ...]
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """The call that yields what the op yields and writes to nothing.
+    """A functional call with the op's results.
 
-    Inductor lets the implementation write to an argument itself where nobody sees the difference, and to a copy of it
-    else. It yields the implementation's results, then the arguments that are written as they are afterwards, which is
-    the order of the op's results.
+    Inductor lets the implementation write to an argument itself where no reader sees the difference, and else to a
+    copy. The call yields the implementation's results, then the new values of the written arguments, in the order of
+    the op's results.
 
     Args:
         op: one that `writes`.

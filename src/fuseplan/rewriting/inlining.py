@@ -1,4 +1,4 @@
-"""A provider's kernel as the calls that it makes, for kernels that are a few aten ops."""
+"""Tracing a provider's kernel into its calls, for kernels that are a few aten ops."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ def traced(kernel: Callable[..., Any], args: tuple[Any, ...]) -> tuple[fx.Graph,
         args: nodes with fake values, and plain values.
 
     Returns:
-        (a graph whose output is what the kernel yields, for each of its placeholders the node of `args`).
+        (a graph whose output is the kernel's result, for each of its placeholders the node of `args`).
     """
     graph = fx.Graph()
     tracer = GraphAppendingTracer(graph)

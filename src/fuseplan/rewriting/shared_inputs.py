@@ -1,7 +1,7 @@
-"""What several fused ops read is computed once.
+"""Computes shared inputs of fused ops once.
 
-Inductor computes a pointwise value anew for every op that isn't pointwise and reads it, each time into memory of its
-own: a mask, or the cosines of a rotary embedding, once for every layer.
+Inductor recomputes a pointwise value for every reader that isn't pointwise, each time into memory of its own: a mask,
+or the cosines of a rotary embedding, once for every layer.
 """
 
 from collections import defaultdict
@@ -19,7 +19,7 @@ from fuseplan.graph.reach import is_view
 
 
 def share_inputs(graph: fx.Graph) -> None:
-    """Has Inductor put each pointwise value that fused ops or attention read more than once into memory, for all.
+    """Makes Inductor materialise each pointwise value that fused ops or attention read more than once, for all readers.
 
     Args:
         graph: topologically sorted; changed in place.
@@ -35,8 +35,8 @@ def share_inputs(graph: fx.Graph) -> None:
         fake = tensor_of(value)
         if len(found) > 1 and fake is not None and _is_pointwise(value) and _has_plain_strides(fake):
             with graph.inserting_after(value):
-                # Its lowering yields a buffer with these strides, which is the value's own where that has one. So all
-                # readers take it from here: what one of them writes to a copy must not be written to what others read.
+                # Its lowering yields a buffer with these strides: the value's own, if it has one. So all readers read
+                # this node: a reader that writes to a copy must not write to the others' input.
                 shared = graph.call_function(force_stride_order, (value, list(fake.stride())))
             shared.meta = {key: value.meta[key] for key in (*PROVENANCE, "val") if key in value.meta}
             for user in [user for user in value.users if user is not shared]:
@@ -64,7 +64,9 @@ def _multiply(graph: fx.Graph, value: fx.Node) -> None:
 
 
 def _is_elementwise(node: fx.Node) -> bool:
-    """Whether a node sees the elements of what it reads, whatever their strides, and not the sign of a zero alone."""
+    """Whether a node only depends on the elements of its inputs, whatever their strides, and not on the sign of
+    zeros.
+    """
     is_plain_view = is_view(node) and node.target is not aten.as_strided.default
     return is_plain_view or _is_pointwise(node) or node.target is aten.cat.default
 
@@ -78,7 +80,7 @@ def _is_outer_product(node: fx.Node) -> bool:
 
 
 def called_by(node: fx.Node) -> Any:
-    """What a node calls, in place or functionally."""
+    """The function that a node calls, in place or functionally."""
     return node.args[0] if "_all_bases" in node.kwargs else node.target
 
 
@@ -88,14 +90,14 @@ def is_fused(node: fx.Node) -> bool:
 
 
 def _read(node: fx.Node) -> Iterator[fx.Node]:
-    """The values that an op only reads."""
+    """The values that an op reads without writing to them."""
     written = node.kwargs.get("_all_bases", ())
     assert isinstance(written, list | tuple)
     return (value for value in node.all_input_nodes if value not in written)
 
 
 def _root(value: fx.Node) -> fx.Node:
-    """The value of which another one is a view."""
+    """The base of a view."""
     while is_view(value) and value.all_input_nodes:
         value = value.all_input_nodes[0]
     return value

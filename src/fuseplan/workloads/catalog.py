@@ -1,5 +1,5 @@
-"""What `WORKLOAD` on the command line can name: built-in models, Hugging Face configurations, and factories of the
-user's.
+"""The workloads that `WORKLOAD` on the command line can name: built-in models, Hugging Face configurations, and the
+user's factories.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ HUGGING_FACE: Mapping[str, Mapping[str, Any]] = {
 
 
 DECODED = 1024
-"""Positions of a static cache: what a step of decoding attends to."""
+"""Positions of a static cache that a decoding step attends to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +91,8 @@ class BuiltWorkload:
     notes: Sequence[str] = ()
 
     def step(self, batch: int | None, context: int = DECODED) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments of a step: of a language model that of decoding one token for each sequence,
-        on a static cache; of what a factory made its own inputs, those with the first one's leading dimension made as
-        large as the batch.
+        """Positional and keyword arguments of a step: for a language model, decoding one token for each sequence on a
+        static cache; for a factory's model its own inputs, with the first one's leading dimension resized to the batch.
 
         Args:
             batch: sequences; None: as many as the inputs have.
@@ -112,7 +111,7 @@ def _gpt_oss_step(model: models.GptOss, batch: int, context: int) -> tuple[Any, 
 
 
 def _resized(inputs: Sequence[Any], batch: int | None) -> tuple[Any, ...]:
-    """Inputs of another leading dimension; rows come again where there are more."""
+    """Inputs with another leading dimension; rows repeat where it is larger."""
     tensors = [value for value in inputs if isinstance(value, torch.Tensor) and value.dim()]
     if batch is None or not tensors:
         return tuple(inputs)
@@ -139,15 +138,15 @@ def names() -> list[str]:
 
 @contextlib.contextmanager
 def build(name: str, *, tp: int = 1, layers: int | None = None, weights: bool = False) -> Iterator[BuiltWorkload]:
-    """Builds a workload without network and, unless it is to be run, without weights, inside a stand-in for a process
-    group of `tp` ranks.
+    """Builds a workload without network and, unless it will run, without weights, inside a stand-in for a process group
+    of `tp` ranks.
 
     Args:
-        name: a built-in name, the path of a Hugging Face `config.json`, or `package.module:factory`, where
-            `factory(tp) -> (module, inputs)`. Naming a factory imports and runs the code it lives in.
+        name: a built-in name, the path of a Hugging Face `config.json`, or `package.module:factory`, where `factory(tp)
+            -> (module, inputs)`. Naming a factory imports and runs its module.
         tp: ranks of tensor parallelism, up to `MOST_RANKS`; collectives are traced, never run.
         layers: another number of layers than the model's own, up to `MOST_LAYERS`; not for factories.
-        weights: make random weights on the default device, for what is run and not only traced.
+        weights: make random weights on the default device, for models that run and aren't only traced.
 
     Raises:
         WorkloadError: there is no such workload, it can't be built, or `tp` doesn't divide it.
@@ -185,7 +184,7 @@ def build(name: str, *, tp: int = 1, layers: int | None = None, weights: bool = 
 
 
 def path_of(name: str) -> Path | None:
-    """The Hugging Face configuration that a workload's name is the path of; None for what is named otherwise."""
+    """The Hugging Face configuration if a workload's name is its path; None for other names."""
     is_built_in = name in models.WORKLOADS or name in HUGGING_FACE
     is_path = not is_built_in and (name.endswith(".json") or "/" in name or (name != "" and exists(name)))
     return Path(name) if is_path else None
@@ -216,7 +215,7 @@ def _stand_in_group(tp: int) -> Iterator[dist.ProcessGroup | None]:
 
 
 Mode = Callable[[], contextlib.AbstractContextManager[Any]]
-"""In which a model is built: with fake weights or with real ones."""
+"""The context in which a model is built: with fake weights or with real ones."""
 
 
 def _fake_mode() -> FakeTensorMode:
@@ -237,7 +236,7 @@ def _build_gpt_oss(
 
 
 def _hugging_face_config(name: str) -> Any:
-    """The transformers configuration that a workload is named by; None for what is named otherwise."""
+    """The transformers configuration if a workload's name stands for one; None for other names."""
     if name in HUGGING_FACE:
         return huggingface.config_from_dict(HUGGING_FACE[name], name)
     path = path_of(name)
@@ -255,12 +254,12 @@ def _build_hugging_face(
             return model, (torch.randint(config.get_text_config().vocab_size, (1, 16)),)
     except WorkloadError:
         raise
-    except Exception as error:  # whatever a configuration has in the place of a size
+    except Exception as error:  # a configuration may have anything in the place of a size
         raise WorkloadError(f"{name}: it can't be built: {one_line(error)}") from error
 
 
 def import_module(name: str) -> ModuleType:
-    """A module of the user's, as Python imports it, also from the current directory."""
+    """A user's module, as Python imports it, also from the current directory."""
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     return importlib.import_module(name)

@@ -1,6 +1,6 @@
-"""A copy of a post-grad graph in which ops are raised into the dialect, and what reading spellings of ops takes.
+"""A copy of a post-grad graph in which ops are raised into the dialect, and helpers for reading spellings of ops.
 
-What is raised, and how, is a matter of `fuseplan.rules.parts`.
+`fuseplan.rules.parts` decides which ops are raised, and how.
 """
 
 from fuseplan.graph.canonical.view import CanonicalGraph, is_dialect

@@ -1,9 +1,9 @@
-"""Ops of inference engines, which their graphs have in the place of aten's and of functional collectives.
+"""Ops of inference engines, which replace aten's ops and functional collectives in their graphs.
 
-What rounds where is read off vLLM 0.22 to 0.33: `vllm/ir/ops/layernorm.py` for `vllm_ir`, and
+Rounding points are read off vLLM 0.22 to 0.33: `vllm/ir/ops/layernorm.py` for `vllm_ir`, and
 `csrc/layernorm_kernels.cu` for `_C`, which rounds the sum to the activation dtype, and the normalised value once it is
-multiplied by the weight (0.23, alone, before that, too). Under `auto_functionalized` what an op writes to comes after
-what it returns.
+multiplied by the weight (0.23, alone, before that, too). Under `auto_functionalized` written arguments come after
+returned results.
 """
 
 import operator
@@ -16,11 +16,11 @@ from fuseplan.graph.canonical.view import CanonicalGraph
 from fuseplan.graph.facts import is_call
 
 NAMESPACES = frozenset({"vllm", "vllm_ir", "_C", "symm_mem"})
-"""Of engines, and of torch's collectives over symmetric memory, which engines call, too."""
+"""Namespaces of engines, and of torch's collectives over symmetric memory, which engines call, too."""
 
 
 def merge_equal_results(canonical: CanonicalGraph, node: fx.Node) -> None:
-    """A result that is taken twice is one value."""
+    """Merges `getitem`s of the same result into one value."""
     first: dict[object, fx.Node] = {}
     for user in list(node.users):
         if is_call(user, operator.getitem):
@@ -47,7 +47,7 @@ def engine_op(node: fx.Node) -> OpOverload | None:
 
 
 def engine_op_name(node: fx.Node) -> str:
-    """Its name, e.g. `_C::rms_norm`; empty where there is none."""
+    """The name of a node's engine op, e.g. `_C::rms_norm`; empty where there is none."""
     op = engine_op(node)
     return "" if op is None else op.name().removesuffix(".default")
 
@@ -62,5 +62,5 @@ def arguments_of(node: fx.Node, op: OpOverload) -> dict[str, Any]:
 
 
 def read_at(node: fx.Node) -> list[fx.Node]:
-    """Where a search from a norm's neighbours comes to it."""
+    """The nodes where a search from a norm's neighbours reaches it."""
     return [node, *node.users]

@@ -20,7 +20,7 @@ SHAPE_PRESERVING = (
 
 
 def is_noop(node: fx.Node) -> bool:
-    """Whether a node's value is its first argument's. A clone counts: what it changes is the layout, not the value."""
+    """Whether a node's value is its first argument's. A clone counts: it changes the layout, not the value."""
     if node.target in SHAPE_PRESERVING:
         before, after = tensor_of(node.args[0]), tensor_of(node)
         return before is not None and after is not None and before.dtype is after.dtype and equal_shape(before, after)
@@ -31,8 +31,8 @@ def is_noop(node: fx.Node) -> bool:
 
 
 def eliminate_noops(canonical: CanonicalGraph) -> None:
-    """Replaces every no-op by its input. A copy is none where it is written to, or what it is a copy of, also through
-    views of them: both differ then.
+    """Replaces every no-op by its input. A copy is no no-op where it or its source is written to, also through views:
+    they differ then.
     """
     written = _storages(source for writer in mutations(canonical.graph) for source in writer.all_input_nodes)
     for node in canonical.calls(*SHAPE_PRESERVING, aten.permute.default):

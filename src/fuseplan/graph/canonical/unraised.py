@@ -16,9 +16,9 @@ class Unraised(Exception):
     Attributes:
         reason: its kind.
         detail: for a person.
-        node: what is in the way.
+        node: the node in the way.
         mend: how to fix it, if known.
-        expected: the op that should be in the way's place, if it is a matter of ops.
+        expected: the op that should be there instead, if another op is in the way.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Unraised(Exception):
     def tell(
         self, canonical: CanonicalGraph, op: DialectOp, title: str, *, at: Sequence[fx.Node], place: fx.Node
     ) -> None:
-        """Notes it with the graph.
+        """Records it in the graph.
 
         Args:
             canonical: the graph.
@@ -61,13 +61,15 @@ def only_reader(node: fx.Node, what: str) -> fx.Node:
         return next(iter(node.users))
     if not node.users:
         raise Unraised(Reason.DEAD, f"{what} isn't read", node)
-    # Whose reading is the region's own isn't known; what multiplies or casts is the likelier one.
+    # It isn't known which reader belongs to the region; a multiplication or a cast is the likelier one.
     own = next((user for user in node.users if is_call(user, *MULS, convert_element_type)), None)
     raise read_elsewhere(next(user for user in node.users if user is not own), node, what)
 
 
 def read_elsewhere(reader: fx.Node, node: fx.Node, what: str) -> Unraised:
-    """That a value inside a region is read outside it, too. The output has no place in the model; the value has."""
+    """The refusal of a value inside a region that is read outside it, too. The output has no place in the model; the
+    value has.
+    """
     if reader.op == "output":
         return Unraised(Reason.USERS, f"{what} is returned from the graph, too", node)
     return Unraised(Reason.USERS, f"{what} is also read by {reader.target} ({reader.name})", reader)

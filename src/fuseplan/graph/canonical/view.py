@@ -34,22 +34,22 @@ from fuseplan.record import Nearness, Reason, Refusal
 
 @dataclass(eq=False)
 class CanonicalGraph:
-    """What matching reads. The original graph is not touched by it.
+    """The graph that matching reads. The original stays untouched.
 
     Attributes:
         original: the graph as Inductor handed it over.
-        graph: its copy, raised. What is copied shares its `Node.meta` with the original: neither writes to it.
+        graph: its copy, raised. Copied nodes share `Node.meta` with the original: neither writes to it.
         origin: for a node of `graph` the node of `original` with the same value. Nodes without one, e.g. a slice that
             was hoisted over an all-reduce, come into being only when a fusion needs them.
         region: the number of mutations before a node; see `facts.mutation_regions`.
-        repeated: for a node of `original` those that compute its value again, and for which its own node of `graph`
-            stands, too.
+        repeated: for a node of `original` the nodes that compute its value again, all represented by its one node of
+            `graph`.
         interior: for a raised node the nodes of `original` that it replaces.
-        unraised: why what looked like a dialect op wasn't raised, by the nodes that a search from its neighbours would
-            come to.
+        unraised: why a lookalike of a dialect op wasn't raised, by the nodes that a search from its neighbours would
+            reach.
         raised_alike: raises another graph under the same settings.
         dynamic_epsilons: inputs of `original` that are Python floats, each all that keeps a norm from being raised.
-        known: what was found in it that is the same for every range, device and policy, by who looked.
+        known: findings that hold for every range, device and policy, by the function or class that made them.
     """
 
     original: fx.Graph
@@ -73,7 +73,7 @@ class CanonicalGraph:
 
         Args:
             original: the graph.
-            raised_alike: what raises others like it; None: nothing in them is raised, either.
+            raised_alike: raises other graphs the same way; None: nothing in them is raised, either.
         """
         graph, origin = copy_graph(original, shares_meta=True)
         return cls(
@@ -94,24 +94,24 @@ class CanonicalGraph:
 
     @property
     def refusals(self) -> list[Refusal]:
-        """Why what looked like a dialect op wasn't raised, each once."""
+        """Why lookalikes of dialect ops weren't raised, each refusal once."""
         return list({id(refusal): refusal for refusal in self.unraised.values()}.values())
 
     def refuse(
         self, op: DialectOp, at: Sequence[fx.Node], reason: Reason, detail: str, *, node: fx.Node, place: fx.Node,
         expected: str | None = None, found: str | None = None, mend: str | None = None,
     ) -> None:  # fmt: skip
-        """Notes that something looks like a dialect op and isn't one.
+        """Records that nodes look like a dialect op and aren't one.
 
         Args:
             op: the dialect op.
             at: the nodes by which a search from the op's neighbours would find it.
             reason: its kind.
             detail: for a person.
-            node: what is in the way.
+            node: the node in the way.
             place: where in the user's model it is looked for, if the node in the way has no place.
-            expected: what should be there.
-            found: what is there.
+            expected: the op that should be there.
+            found: the op there instead.
             mend: how to fix it.
         """
         refusal = Refusal(
@@ -150,7 +150,7 @@ class CanonicalGraph:
         return node
 
     def _claim(self, node: fx.Node, erased: Iterable[fx.Node]) -> None:
-        """Notes that `node` replaces the erased nodes."""
+        """Records that `node` replaces the erased nodes."""
         self.interior[node] = self.interior.get(node, frozenset()) | self.claims(erased)
 
     def claims(self, nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
@@ -173,7 +173,9 @@ class CanonicalGraph:
         replaced.replace_all_uses_with(node)
 
     def constant(self, value: float, shape: Sequence[int], *, like: torch.Tensor) -> fx.Node:
-        """A tensor that is `value` everywhere, in the dtype and on the device of another: one for all who need it."""
+        """A tensor that is `value` everywhere, in the dtype and on the device of another; one node serves all
+        readers.
+        """
         key = (value, tuple(shape), like.dtype, like.device)
         if key not in self._constants:
             first = next(node for node in self.graph.nodes if node.op not in ("placeholder", "get_attr"))
@@ -196,11 +198,11 @@ class CanonicalGraph:
         self._copied[node], self.region[node] = self._copied[place], self.region[place]
 
     def depth(self, node: fx.Node) -> int:
-        """The longest path from an input to a node of `graph`, or to the one in whose place it is."""
+        """The longest path from an input to a node of `graph`, or to the node that it replaced."""
         return self._depths[self._copied[node]]
 
     def is_deeper(self, node: fx.Node, other: fx.Node) -> bool:
-        """Whether the depth of a node is greater than another one's: that of what is computed from the other one is."""
+        """Whether a node is deeper than another one, as all values computed from the other one are."""
         return is_computed_from(self._copied[node], self._copied[other]) or self.depth(node) > self.depth(other)
 
     @cached_property
@@ -208,14 +210,14 @@ class CanonicalGraph:
         return depths(self.original)
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
-        """Makes `new`, which has the same value, stand for `old`."""
+        """Replaces `old` by `new`, which has the same value."""
         if old in self.origin:
             self.origin[new] = self.origin[old]
         old.replace_all_uses_with(new)
         self._claim(new, erase_dead(self.graph, [old]))
 
     def merge_equal(self, op: DialectOp) -> None:
-        """Makes one node of those that call an op on the same values: layers may each quantise what they read."""
+        """Merges nodes that call an op on the same values: several layers may quantise the same input."""
         found: dict[tuple[Any, ...], fx.Node] = {}
         for node in self.calls(op.overload):
             first = found.setdefault((self.region[node], *node.args), node)
@@ -229,9 +231,9 @@ class CanonicalGraph:
     def _merge(self, pairs: Sequence[tuple[fx.Node, fx.Node | None]]) -> None:
         results = [(result, known) for result, known in pairs if known is not None]
         if len(results) < len(pairs) or not all(stays_inside(each) for pair in results for each in pair):
-            return  # memory of their own would be one
+            return  # their separate memory would become one
         if any((result in self.origin) is not (known in self.origin) for result, known in results):
-            return  # one of them is another view, which readers of the other don't have
+            return  # one of them is a view that the other's readers don't have
         for result, known in results:
             if result in self.origin:
                 self.repeated.setdefault(self.origin[known], []).append(self.origin[result])
@@ -242,7 +244,7 @@ class CanonicalGraph:
                 self._merge_views(known)
 
     def _merge_views(self, value: fx.Node) -> None:
-        """Makes one node of a value's equal views, which stand for values of the original graph."""
+        """Merges a value's equal views, which represent values of the original graph."""
         found: dict[tuple[Any, ...], fx.Node] = {}
         for user in [user for user in value.users if is_call(user, *RESHAPES)]:
             first = found.setdefault((user.target, *user.args[1]), user)

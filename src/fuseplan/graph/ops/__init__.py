@@ -1,6 +1,6 @@
-"""What every op of the dialect consists of: schema, fake, reference, tolerance, sample inputs, and where it rounds.
+"""The record of a dialect op: schema, fake, reference, tolerance, sample inputs, and where it rounds.
 
-`ops` has those that parts and families have added; `fuseplan.dialect` is where all of them are there.
+`ops` has those that parts and families have added; importing `fuseplan.dialect` adds all of them.
 """
 
 from fuseplan.graph.ops.fakes import empty

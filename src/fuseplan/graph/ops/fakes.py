@@ -12,7 +12,7 @@ from torch.utils._mode_utils import no_dispatch
 def empty(x: Tensor, shape: Sequence[int | torch.SymInt], dtype: torch.dtype | None = None) -> Tensor:
     """`x.new_empty(shape, dtype=dtype)`.
 
-    Of a fake tensor a new one is made as the mode makes it, without asking the mode, whose cache of results takes four
+    For a fake tensor the result is made as the mode makes it, but without the mode, whose cache of results takes four
     times as long where sizes are symbolic.
     """
     if type(x) is not FakeTensor:
@@ -30,7 +30,9 @@ def view_of(base: FakeTensor, layout: Tensor) -> Tensor:
 
 
 def slice_of(base: object, *bounds: object) -> Tensor | None:
-    """`aten.slice(base, dim, start, end)`, likewise; None of other arguments, or where the size isn't known."""
+    """`aten.slice(base, dim, start, end)`, without the mode's cache; None for other arguments, or where the size isn't
+    known.
+    """
     if type(base) is not FakeTensor or len(bounds) != 3 or not all(type(each) is int for each in bounds):
         return None
     dim, *ends = cast(tuple[int, int, int], bounds)

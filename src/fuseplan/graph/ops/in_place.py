@@ -13,10 +13,10 @@ def parameters_of(schema: str) -> list[str]:
 
 
 def in_place_schema(name: str, schema: str, writes: Sequence[str]) -> str:
-    """The schema of what writes to some arguments, and yields the other results.
+    """The schema of a kernel that writes to some arguments, and yields the other results.
 
     Raises:
-        RuleError: they are no tensors among the arguments, or there is no result beside what they hold.
+        RuleError: they are no tensors among the arguments, or there is no result beside the written ones.
     """
     parameters, returns = parameters_of(schema), schema.split(" -> ")[1].strip("()").split(", ")
     unknown = [each for each in writes if f"Tensor {each}" not in parameters]

@@ -1,4 +1,4 @@
-"""`DialectOp`: one operation of the dialect, with everything that is known about it in one place."""
+"""`DialectOp`: one operation of the dialect, with all facts about it in one place."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,11 +16,11 @@ from fuseplan.record.text import one_line
 NAMESPACE = "fuseplan"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _KERNELS: dict[str, Callable[..., Any]] = {}
-"""What `_LIBRARY` was given, which torch doesn't give back; like there, nothing is ever replaced or taken out."""
+"""The kernels registered with `_LIBRARY`, which torch doesn't give back; as there, none is ever replaced or removed."""
 _WITHIN: set[str] = set()
-"""Those of them that leave calls of more rows than they take to the reference."""
+"""The kernels of `_KERNELS` that leave calls with more rows than they take to the reference."""
 _INLINED: set[str] = set()
-"""Those of `_KERNELS` that are a few aten calls, which a graph takes in their place."""
+"""The kernels of `_KERNELS` that are a few aten calls, which graphs get inlined."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Sample:
     Attributes:
         name: for a person.
         make: makes them.
-        width: of the first one's rows, where somebody asks.
+        width: of the first argument's rows, where it matters.
     """
 
     name: str
@@ -83,13 +83,13 @@ ROW_SCALES = (1.0, 1.0, 1.0, 0.001, 1.0, 30.0, 1.0, 0.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
-    """What the results of a quantisation by steps stand for.
+    """The decoded results of a quantisation by steps.
 
     Attributes:
         scales: of the groups, [rows, groups] in float64.
         steps: the scales as integers in their order, one apart where they are neighbours.
-        numbers: of the codes of some groups, [groups, size in codes' memory] to [groups, size] in float64.
-        most: the largest of these.
+        numbers: decodes the codes of some groups, [groups, size in codes' memory] to [groups, size] in float64.
+        most: the largest number that a code stands for.
     """
 
     numbers: Callable[[torch.Tensor], torch.Tensor]
@@ -99,8 +99,8 @@ class Decoded:
 
 
 Decode = Callable[..., Decoded | None]
-"""`decode(codes, scales, *arguments)`, with all arguments of the op but the first; None where its scales have no steps,
-and are any numbers.
+"""`decode(codes, scales, *arguments)`, with all arguments of the op but the first; None where its scales are arbitrary
+numbers, without steps.
 """
 
 
@@ -119,14 +119,14 @@ class DialectOp:
         samples: arguments for tests, benchmarks and verification.
         error_factor: how many times the reference's own error against the exact value a provider may make (plus one
             unit in the last place of the output dtype).
-        fused: whether it is what rules put into a graph; the others are what they are written in.
+        fused: whether rules put it into a graph; the other ops occur in their patterns.
         collective: whether it communicates, i.e. every rank of a group must run it in the same order.
-        draws: how random values for an argument are drawn, by its name; what isn't listed is drawn like activations,
-            and integers are 0 or 1.
-        writes: the arguments that kernels write to. The op itself writes to none: its last results are what these hold
-            afterwards. A kernel takes the same arguments, writes, and yields the other results alone.
-        packed: places of the results whose bytes are two codes in e2m1 each.
-        decode: of a quantisation `(x, ...) -> (codes, scales)` with a scale of each group, what these stand for.
+        draws: how random values for an argument are drawn, by its name; others are drawn like activations, and integers
+            are 0 or 1.
+        writes: the arguments that kernels write to. The op itself writes to none: its last results are the new values
+            of these. A kernel takes the same arguments, writes, and yields the other results alone.
+        packed: places of the results whose bytes are two e2m1 codes each.
+        decode: of a quantisation `(x, ...) -> (codes, scales)` with a scale for each group: decodes its results.
     """
 
     name: str
@@ -175,7 +175,7 @@ class DialectOp:
         return self.implementation(provider) is self.implementation("torch")
 
     def kernel(self, provider: str) -> Callable[..., Any]:
-        """The Python function behind `implementation(provider)`, which takes no more rows than it takes.
+        """The Python function behind `implementation(provider)`, without its fallback for calls with more rows.
 
         Raises:
             KeyError: no such provider has registered an implementation of this op.
@@ -232,7 +232,7 @@ class Dialect(Mapping[str, DialectOp]):
 
 
 ops = Dialect()
-"""Those of fuseplan itself."""
+"""The ops of fuseplan itself."""
 
 
 def define(
@@ -255,24 +255,24 @@ def define(
     Args:
         name: unique.
         schema: arguments and results as in a torch schema, without the name.
-        reference: what it computes, in plain PyTorch; the oracle for every provider's kernel.
+        reference: its computation, in plain PyTorch; the oracle for every provider's kernel.
         fake: shapes and dtypes of the results, symbolic sizes included.
         samples: arguments, for tests and verification.
-        error_factor: how much more a kernel may be off than the reference is.
+        error_factor: how many times the reference's error a kernel may make.
         fused: whether it replaces several others.
         collective: whether all ranks of a group have to run it.
         draws: how random values for an argument are drawn, by its name, where normal ones won't do: a scale that has to
             be positive, say.
-        writes: the arguments that kernels write to; `reference` and `fake` write to none, and yield last what these
-            hold afterwards, in this order.
-        packed: places of the results whose bytes are two codes in e2m1 each, of which verification allows a kernel as
-            much as of codes in fp8.
-        decode: of a quantisation by scales of groups that go in steps: where a kernel's rows lie that near to where a
-            scale takes its next step, verification allows that scale.
+        writes: the arguments that kernels write to; `reference` and `fake` write to none, and yield the new values of
+            these last, in this order.
+        packed: places of the results whose bytes are two e2m1 codes each; verification allows a kernel the same
+            difference as for fp8 codes.
+        decode: of a quantisation whose groups have scales in steps: where a kernel's rows are that near to a scale's
+            next step, verification allows that scale.
 
     Raises:
         RuleError: there is an op of that name already, or `writes` names no tensors among the arguments, or there is no
-            result beside what these hold.
+            result beside the written ones.
     """
     _register(name, schema, reference, fake)
     if writes:
@@ -304,13 +304,13 @@ def implement(
 
     Args:
         op: the fused op.
-        provider: who runs it.
+        provider: its name.
         kernel: by the op's own arguments; where the op `writes`, it does so, and yields the other results. Where it has
-            an attribute `direct`, `direct(overload)` makes a function `(key, *arguments)` that code of Inductor's calls
-            in place of the overload, with equal keys for calls that are alike but for addresses and numbers in tensors.
+            an attribute `direct`, `direct(overload)` makes a function `(key, *arguments)` that Inductor's code calls
+            instead of the overload, with equal keys for calls that differ only in addresses and tensor contents.
         most_rows: how many rows of its first tensor the kernel takes, for given arguments, as attributes by their
-            names. A call of more runs the op's reference: every rank of a group alike, since all of them have as many
-            rows. None: any number.
+            names. A call with more runs the op's reference, on every rank of a group alike, since all have the same
+            number of rows. None: any number.
         inlined: whether graphs get the aten calls that the kernel makes, and not the overload: Inductor then lowers
             them as it always does. Such a kernel calls overloads of aten alone, and reads shapes by `facts_of`.
 
@@ -356,7 +356,7 @@ def is_inlined(op: DialectOp, provider: str) -> bool:
 
 
 def _registered(op: str, provider: str, *, in_place: bool) -> str:
-    """What an op by a provider is registered as: in torch's fashion a name that ends in `_` writes in place."""
+    """The registered name of an op by a provider; as in torch, a name that ends in `_` writes in place."""
     return f"{op}{'_' if in_place else ''}.{'default' if provider == 'torch' else provider}"
 
 
@@ -381,7 +381,9 @@ def _register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable
 
 
 def facts_of(value: Any) -> Any:
-    """Where a kernel that is inlined reads shapes and strides: the tensor, or what stands for it in a graph."""
+    """The object that an inlined kernel reads shapes and strides from: the tensor, or the fake tensor of its node in a
+    graph.
+    """
     return value.node.meta["val"] if isinstance(value, Proxy) else value
 
 
@@ -391,7 +393,7 @@ def registered_kernel(op: str, provider: str) -> Callable[..., Any] | None:
 
 
 def kernel_of(target: object) -> Callable[..., Any] | None:
-    """The Python function behind an overload of this namespace, None for all else."""
+    """The Python function behind an overload of this namespace, None for others."""
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != NAMESPACE:
         return None
     return _KERNELS.get(str(target).removeprefix(f"{NAMESPACE}."))

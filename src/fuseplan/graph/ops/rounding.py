@@ -54,7 +54,7 @@ class Rounding(StrEnum):
         return self is Rounding.GEMMA
 
     def differs_by_rounding(self, other: "Rounding") -> bool:
-        """Whether two conventions are one formula with results of one dtype, and round it in different places."""
+        """Whether two conventions have the same formula and result dtypes, and round in different places."""
         same_formula = self.adds_one is other.adds_one
         return self is not other and same_formula and self.rounds_residual is other.rounds_residual
 
@@ -118,7 +118,7 @@ class QuantRounding(StrEnum):
 
     @property
     def text(self) -> str:
-        """What a kernel, or a graph, does by it."""
+        """The convention in words, with a kernel or a graph as the subject."""
         return {
             "divide": "divides by the scale",
             "multiply": "multiplies by the reciprocal of the scale",
@@ -128,9 +128,9 @@ class QuantRounding(StrEnum):
 
 
 class MxScaling(StrEnum):
-    """Which power of two scales a group of a microscaled format, as torchao names it: of the largest element, its own
-    power over that of the largest code, rounded down (`floor`), up (`ceil`) or, by as many digits as codes have, to the
-    nearest (`even`); or what the largest element is of the largest code, rounded up (`rceil`).
+    """Which power of two scales a group of a microscaled format, as torchao names it: the largest element's power of
+    two over the largest code's, rounded down (`floor`), up (`ceil`) or, with as many digits as codes have, to the
+    nearest (`even`); or the quotient of the largest element and the largest code, rounded up (`rceil`).
     """
 
     FLOOR = "floor"

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 ALIGNED_ROWS = 4
-"""A column of scales takes a multiple of 16 bytes: so many of four bytes each."""
+"""A column of scales takes a multiple of 16 bytes: this many scales of four bytes each."""
 PACKED = 4
 """Exponents of an int32."""
 TILE_ROWS, TILE_GROUPS, SWIZZLED_ROWS = 128, 4, 32
-"""Of a tile that products of Blackwell read, and rows of it that lie 16 bytes apart."""
+"""The rows and groups of a tile that Blackwell's products read, and the rows of it that lie 16 bytes apart."""
 
 
 class ScaleLayout(StrEnum):
     """`rows`: contiguous. `columns`: of a matrix, one column after the other. `aligned`: the same, each column padded
-    to a multiple of four rows, whose values are nobody's. `packed`: the same, of the exponents of four scales that are
+    to a multiple of four rows with undefined values. `packed`: the same, of the exponents of four scales that are
     powers of two in an int32, the first in its lowest byte, and 0 for groups that aren't there (UE8M0). `swizzled`: of
     bytes, tiles of 128 rows and 4 groups one after the other, along groups first; of a tile, each of its first 32 rows
-    takes 16 bytes: four of itself, and of the rows that are 32, 64 and 96 behind it. Bytes for what isn't there are 0.
+    takes 16 bytes: four of itself, and of the rows that are 32, 64 and 96 behind it. Bytes without a scale are 0.
     """
 
     ROWS = "rows"
@@ -70,7 +70,7 @@ def _swizzled(scale: Tensor) -> Tensor:
 
 
 def in_rows(scale: Tensor, rows: int, groups: int, layout: str) -> Tensor:
-    """What `lay_out` made of scales, as [rows, groups]; of packed ones the exponents."""
+    """Scales that `lay_out` arranged, as [rows, groups]; the exponents of packed ones."""
     how = ScaleLayout(layout)
     if how is ScaleLayout.PACKED:
         bytes_of = torch.stack([scale >> shift & 0xFF for shift in range(0, 8 * PACKED, 8)], -1)

@@ -1,9 +1,9 @@
-"""fuseplan as a plugin of vLLM: the entry point `vllm.general_plugins`, inert until it is asked for."""
+"""fuseplan as a plugin of vLLM: the entry point `vllm.general_plugins`, inert until requested."""
 
 
 def register() -> None:
-    """Called by vLLM in each of its processes. Whatever is wrong with fuseplan, an engine that didn't ask for it
-    starts.
+    """Called by vLLM in each of its processes. An engine that didn't ask for fuseplan starts even if fuseplan is
+    broken.
     """
     from fuseplan.integrations.vllm.plugin import hook_into_vllm
 

@@ -1,4 +1,4 @@
-"""How fuseplan comes into vLLM's own backend, which splits a model at attention and compiles the pieces."""
+"""Hooks fuseplan into vLLM's own backend, which splits a model at attention and compiles the pieces."""
 
 import functools
 import logging
@@ -31,7 +31,7 @@ def offer_pass_manager(journal: Journal, settle: Callable[[], None]) -> None:
 
 
 def _pass_manager(journal: Journal, theirs: str, settle: Callable[[], None]) -> str:
-    """Which pass manager it is. Without fuseplan's, one line says why."""
+    """The pass manager to use. Where it isn't fuseplan's, one line says why."""
     why = support.missing(support.BACKEND)
     if why is None and theirs not in (STOCK, OURS):
         why = f"the platform has a pass manager of its own ({theirs})"
@@ -45,7 +45,7 @@ def _pass_manager(journal: Journal, theirs: str, settle: Callable[[], None]) -> 
 
 
 def _count_repeats(journal: Journal) -> None:
-    """Pieces that are alike, those of layers mostly, vLLM compiles once: no pass sees the others."""
+    """vLLM compiles equal pieces, mostly layers, once: no pass sees the others."""
     from vllm.compilation.backends import CompilerManager
 
     compile_piece: Callable[..., Any] = CompilerManager.compile

@@ -1,7 +1,7 @@
 """vLLM's pass manager with a plan in the place of its order.
 
-Of vLLM's own fusion passes, which its `pass_config` switches, those that only replace what they match join the plan.
-Whatever runs code of its own, and what matches the results of another one, runs where vLLM has it.
+vLLM's own fusion passes, which its `pass_config` switches, join the plan if they only replace their matches. Passes
+that run code of their own, or match the results of another one, run where vLLM has them.
 """
 
 import ast
@@ -31,7 +31,7 @@ class FuseplanPassManager(VllmPassManager):  # type: ignore[misc]
     passes: list[Any]
 
     def configure(self, config: Any) -> None:
-        """Reads what vLLM's configuration asks for."""
+        """Reads vLLM's configuration."""
         super().configure(config)
         chosen = asked_for(config)
         assert chosen is not None
@@ -71,7 +71,7 @@ class FuseplanPassManager(VllmPassManager):  # type: ignore[misc]
         key = (span.start, span.end)
         if key not in self._managers:
             passes: Sequence[object] = [each for each in self.passes if each.is_applicable_for_range(span)]
-            # Under another policy vLLM's passes would have no part in the plan: they run first, as ever.
+            # Under another policy vLLM's passes would have no part in the plan: they run first, as usual.
             if self._config.chosen_policy.name == "planned":
                 passes = in_plan(passes)
             self._managers[key] = manager_for(
@@ -85,8 +85,8 @@ class FuseplanPassManager(VllmPassManager):  # type: ignore[misc]
 
 
 def in_plan(passes: Sequence[Any]) -> list[object]:
-    """Passes of vLLM's as the planner takes them, in vLLM's order. One behind code that runs after the plan may match
-    what that code makes, so it runs behind it.
+    """Passes of vLLM's as the planner takes them, in vLLM's order. A pass after code that runs after the plan may match
+    that code's results, so it runs after it, too.
     """
     result: list[object] = []
     names: set[str] = set()
@@ -103,7 +103,7 @@ def in_plan(passes: Sequence[Any]) -> list[object]:
 
 
 def plannable(vllm_pass: Any) -> object:
-    """A pass of vLLM's as the planner takes it: its patterns, or as a function of the graph what is more than them."""
+    """A pass of vLLM's as the planner takes it: its patterns, or a function of the graph if it does more."""
     name = getattr(vllm_pass, "pass_name", type(vllm_pass).__name__)
     for attribute in ("patterns", "pm_pass"):
         found = external_of(vllm_pass, (attribute,), name)
@@ -113,7 +113,7 @@ def plannable(vllm_pass: Any) -> object:
 
 
 def _only_applies(owner: type, attribute: str) -> bool:
-    """Whether all that a pass does with a graph is `self.<attribute>.apply(graph)`, as its source says."""
+    """Whether a pass only runs `self.<attribute>.apply(graph)` on a graph, by its source."""
     try:
         source = inspect.getsource(inspect.unwrap(owner.__call__))
     except (OSError, TypeError):

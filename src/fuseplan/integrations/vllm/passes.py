@@ -33,12 +33,12 @@ def manager_for(
 
 SLOWER: Final = "qk_norm_rope"
 """With it a token of Qwen3-8B took 1.6 to 2.7 % longer on one H200, in CUDA graphs of vLLM 0.22, and no less in another
-run: Inductor's own code for these norms is hard to beat there, and the model of prices doesn't know.
+run: Inductor's own code for these norms is hard to beat there, and the cost model doesn't know.
 """
 
 
 def _rules(config: PassConfig) -> Sequence[Rule]:
-    """All rules, but that one only where it is asked for."""
+    """All rules, `SLOWER` only on request."""
     selected = (re.split("[@#:]", selector)[0] for selector in (*config.force, *config.forbid))
     named = {*config.chosen_policy.order, *selected}
     is_asked = config.enable_qk_norm_rope_fusion is True or SLOWER in named
@@ -46,7 +46,7 @@ def _rules(config: PassConfig) -> Sequence[Rule]:
 
 
 def process_groups() -> Mapping[object, str]:
-    """What vLLM calls its groups in graphs, by name and by the handle of a shared-memory communicator, and the names of
+    """vLLM's identifiers of groups in graphs, names and handles of shared-memory communicators, with the names of
     torch's process groups behind them.
     """
     state: Any = sys.modules.get("vllm.distributed.parallel_state")

@@ -1,8 +1,8 @@
 """Where fuseplan hooks into vLLM.
 
-vLLM builds a `VllmConfig` in its first process and hands it to its workers. What fuseplan is asked for is written into
-`additional_config["fuseplan"]`, which travels with it and is a part of vLLM's own cache key. Each worker reads it there
-before it loads its model.
+vLLM builds a `VllmConfig` in its first process and hands it to its workers. The requested configuration of fuseplan is
+written into `additional_config["fuseplan"]`, which travels with it and is a part of vLLM's own cache key. Each worker
+reads it there before it loads its model.
 """
 
 import functools
@@ -42,16 +42,20 @@ PASS_NAME = "vllm_pass"
 
 HOOK = "post_grad_custom_post_pass"
 BASIS, DIGEST = "key", "digest"
-"""What the plugin adds to the fields of `PassConfig`: their key, and what stands for it since it was last given up."""
+"""The plugin's additions to the fields of `PassConfig`: their key, and its digest, which is renewed when the key is
+given up.
+"""
 
 LINEAR_FLAGS = "fuse_merged_linear", "fuse_skinny_linear"
-"""Of the rules that linear layers of few rows get a compile range for."""
+"""Flags of the rules for linear layers of few rows, which get a compile range of their own."""
 
 WITH_PLAIN_LINEARS = None, "mxfp4", "gpt_oss_mxfp4"
 """vLLM's names of quantisation under which linear layers aren't quantised: MXFP4's experts alone are."""
 
 WITH_FP8_LINEARS = "fp8", "fp8_per_tensor", "fp8_per_channel", "fbgemm_fp8"
-"""Those under which linear layers are in fp8, and inputs get a scale for each token, unless a checkpoint says else."""
+"""vLLM's names of quantisation under which linear layers are in fp8 and inputs get a scale for each token, unless a
+checkpoint says otherwise.
+"""
 
 log = logging.getLogger("vllm.fuseplan")
 """Below vLLM's own logger, so that it is formatted and filtered as vLLM's lines are."""
@@ -97,8 +101,8 @@ def _after(owner: type, name: str, then: Callable[[Any], None]) -> None:
 
 
 def adopt(config: Any) -> None:
-    """Notes in a `VllmConfig` that fuseplan is asked for, and under which configuration. What this vLLM doesn't have is
-    logged in one line, and the engine starts without fuseplan.
+    """Records in a `VllmConfig` that fuseplan is requested, and with which configuration. If this vLLM lacks an
+    interface, one line is logged, and the engine starts without fuseplan.
 
     Raises:
         ConfigError: that configuration can't be served.
@@ -119,7 +123,7 @@ def adopt(config: Any) -> None:
             f"additional_config is a {type(additional).__name__}; fuseplan needs a dict, to enter vLLM's cache key"
         )
     if given is not None and DIGEST in given:
-        return  # vLLM made it of another one that had been through here
+        return  # vLLM derived it from one that was adopted before
     settings = _settings(given)
     chosen = pass_config(settings)
     key = _key(chosen)
@@ -128,7 +132,7 @@ def adopt(config: Any) -> None:
 
 
 def _take_name(compilation: Any) -> bool:
-    """Whether the pass is asked for by its name, which stands for the pass and isn't one: it is taken out."""
+    """Whether the pass is requested by its name, a placeholder, which is removed."""
     passes = getattr(compilation, "inductor_passes", {})
     if passes.get(HOOK) != f"fuseplan.{PASS_NAME}":
         return False
@@ -151,8 +155,8 @@ def _settings(given: Any) -> dict[str, Any]:
 
 
 def _key(config: PassConfig) -> str:
-    """Of whatever changes plans, as far as it is known where there are no workers yet: nothing that is asked for here
-    makes a context on a device, or vLLM couldn't fork. What is forced and forbidden may name vLLM's passes, which only
+    """A key of everything that changes plans, as far as it is known before there are workers: nothing here may make a
+    context on a device, or vLLM couldn't fork. Forced and forbidden selectors may name vLLM's passes, which only
     workers know.
 
     Raises:
@@ -180,7 +184,7 @@ def _with_small_range(config: Any, chosen: PassConfig) -> str:
     because their flags say so. In vLLM's own range, which goes up to the largest batch, their kernels can't be chosen.
 
     Returns:
-        What there is to say about it.
+        The addition to the log line about fuseplan.
     """
     compilation, most = config.compilation_config, DEFAULT_ON.most_tokens
     ends = compilation.compile_ranges_endpoints
@@ -196,7 +200,7 @@ def _with_small_range(config: Any, chosen: PassConfig) -> str:
 
 
 def _linear_flags(model: Any) -> Sequence[str]:
-    """Flags of the rules for a model's linear layers, by what vLLM says of its quantisation."""
+    """Flags of the rules for a model's linear layers, by vLLM's name of its quantisation."""
     if model is None:
         return ()
     if model.quantization in WITH_PLAIN_LINEARS:
@@ -207,11 +211,11 @@ def _linear_flags(model: Any) -> Sequence[str]:
 
 
 def _quantises_rows(method: str, given: Mapping[str, Any]) -> bool:
-    """Whether linear layers are in fp8, and their inputs get a scale for each token as they come.
+    """Whether linear layers are in fp8, with dynamic scales for each token of their inputs.
 
     Args:
         method: vLLM's name of the quantisation.
-        given: what the checkpoint says of it; empty where vLLM quantises the weights.
+        given: the checkpoint's settings for it; empty where vLLM quantises the weights.
     """
     if method in WITH_FP8_LINEARS:
         return given.get("activation_scheme", "dynamic") == "dynamic" and not given.get("weight_block_size")
@@ -224,7 +228,7 @@ def _quantises_rows(method: str, given: Mapping[str, Any]) -> bool:
 
 
 def _device_name() -> str:
-    """vLLM's name of the device, by NVML or its like."""
+    """vLLM's name of the device, by NVML or the like."""
     from vllm.platforms import current_platform
 
     return str(current_platform.get_device_name()) if current_platform.is_cuda_alike() else ""
@@ -238,7 +242,7 @@ def _measured() -> list[str]:
 
 
 def _folder() -> Path:
-    """Beside vLLM's compile cache."""
+    """The folder beside vLLM's compile cache."""
     from vllm import envs
 
     return Path(envs.VLLM_CACHE_ROOT) / "fuseplan"
@@ -267,7 +271,7 @@ def asked_for(config: Any) -> PassConfig | None:
 
 
 def _announce(config: Any, chosen: PassConfig, further: str) -> None:
-    """Says in one line what was done and what more, and loudly where nothing will come of it."""
+    """Logs in one line how fuseplan is used, as a warning where it will have no effect."""
     compilation = config.compilation_config
     if not _compiles(compilation):
         if (model := _left_uncompiled(config)) is not None:
@@ -291,8 +295,9 @@ def _announce(config: Any, chosen: PassConfig, further: str) -> None:
 
 
 def _left_uncompiled(config: Any) -> str | None:
-    """What vLLM doesn't compile unless asked to, or None: the architecture, where it is on the list that vLLM has from
-    0.29 on; or the model, where something else has chosen breakable CUDA graphs, as VLLM_BATCH_INVARIANT does for some.
+    """The part that vLLM leaves uncompiled by default, or None: the architecture, where it is on the list of vLLM 0.29
+    and newer; or the model, where something else has chosen breakable CUDA graphs, as VLLM_BATCH_INVARIANT does for
+    some.
     """
     from vllm import envs
 

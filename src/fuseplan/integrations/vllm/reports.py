@@ -29,13 +29,13 @@ class Journal:
     """The reports of one worker.
 
     Args:
-        kept: beside vLLM's compile cache and by the same factors, since a warm start brings no graph.
-        path: where the user finds it.
+        kept: a file beside vLLM's compile cache, keyed by the same factors, since a warm start brings no graph.
+        path: the file for the user.
         rank: of the worker, among all.
 
     Attributes:
         reports: of the graphs that were compiled here.
-        tuning: takes graphs that are to be measured; None: none are.
+        tuning: takes graphs to measure; None: none are measured.
     """
 
     def __init__(self, kept: Path, path: Path, rank: int) -> None:
@@ -60,22 +60,22 @@ class Journal:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Without what was compiled here: vLLM writes its configuration beside its cache."""
+        """Without the reports: vLLM writes its configuration beside its cache."""
         return type(self), (self.kept, self.path, self.rank)
 
     def add(self, report: Report) -> None:
         """Takes the report of one graph."""
         self.reports.append(report)
         if pending_in([report]):
-            # vLLM may have what was compiled in its cache before it is verified, and the engine may end there.
+            # vLLM may cache compiled graphs before they are verified, and the engine may end in between.
             _write(self.kept, merged(self.reports))
 
     def note(self, compiled: object, before: int) -> None:
-        """Takes what vLLM's backend compiled: one result for pieces that are alike, of which a pass sees the first.
+        """Takes a result of vLLM's backend: equal pieces share one, and a pass sees only the first of them.
 
         Args:
             compiled: the result.
-            before: how many reports there were.
+            before: the number of reports before it.
         """
         if len(self.reports) > before:
             self._compiled[id(compiled)] = compiled, self.reports[before:]
@@ -86,20 +86,20 @@ class Journal:
 
     @property
     def is_lasting(self) -> bool:
-        """Whether what was compiled here may be cached."""
+        """Whether the graphs compiled here may be cached."""
         return all(graph.is_lasting for report in self.reports for graph in report.graphs)
 
     def settle(self, config: PassConfig, give_up: Callable[[], None]) -> None:
-        """Has all workers verify together what is left to them, if anything is: of the graphs that were compiled here,
-        or of those that a warm start brings.
+        """Has all workers verify pending fusions together, if there are any: of the graphs that were compiled here, or
+        of those that a warm start brings.
 
         Args:
             config: as for `verified_by_all`.
-            give_up: likewise.
+            give_up: as for `verified_by_all`.
 
         Raises:
-            UnsupportedError: as of `verified_by_all`.
-            CollectiveError: likewise.
+            UnsupportedError: as for `verified_by_all`.
+            CollectiveError: as for `verified_by_all`.
         """
         kept = None if self.reports else store.load_file(self.kept)
         if kept is not None and pending_in([kept]):
@@ -108,11 +108,11 @@ class Journal:
             self.reports = verified_by_all(self.reports, config, self._verified, give_up)
 
     def silence(self) -> None:
-        """There is nothing to log: another line said that fuseplan does nothing."""
+        """Suppresses the log line: another one said that fuseplan does nothing."""
         self._is_silent = True
 
     def close(self) -> None:
-        """Says what became of the model, after it was compiled or found in a cache: once.
+        """Logs the result, once, after the model was compiled or found in a cache.
 
         Raises:
             UnsupportedError: the ranks of a tensor-parallel group run different plans.
@@ -133,7 +133,7 @@ class Journal:
         if self.path != self.kept:
             is_written = _write(self.path, report)
         graphs = len(report.graphs)
-        # A rule that found places and fused none of them is what a user has to see.
+        # Users have to see rules that found places and fused none of them.
         fused = ", ".join(
             f"{rule} {count}" if count else f"{rule} 0 of {report.matched[rule]}"
             for rule, count in report.fused.items()
@@ -158,7 +158,7 @@ def _write(path: Path, report: Report) -> bool:
 
 
 def _paths(config: Any) -> tuple[Path, Path]:
-    """Beside vLLM's compile cache, and in `FUSEPLAN_REPORT_DIR`."""
+    """The paths beside vLLM's compile cache, and in `FUSEPLAN_REPORT_DIR`."""
     from vllm import envs
 
     model = getattr(config.model_config, "model", None)
@@ -170,11 +170,11 @@ def _paths(config: Any) -> tuple[Path, Path]:
 
 
 def _agree(report: Report | None) -> bool:
-    """Holds the ranks of the tensor-parallel group to one plan. All of them come here, after their models are compiled
-    and before they serve.
+    """Checks that the ranks of the tensor-parallel group run one plan. All of them call it, after their models are
+    compiled and before they serve.
 
     Returns:
-        Whether this is the first of them.
+        Whether this is the first rank.
 
     Raises:
         UnsupportedError: they run different plans.

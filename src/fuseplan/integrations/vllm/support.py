@@ -17,10 +17,10 @@ TRIED = {(0, 22): (2, 11), (0, 32): (2, 13)}
 """Releases of vLLM that it was run in, and the torch beside each: 0.22 on GPUs, by hand, and 0.32 on CPUs, by tests."""
 
 SHOWN = 2
-"""Interfaces that are named; where one moves, the names beside it mostly went with it."""
+"""Missing interfaces that a message names; where one moves, its neighbours mostly move with it."""
 
 SOURCE_BUILD = (0, 1)
-"""What a build calls itself that knows no tag: `0.1.dev1+g1234567`."""
+"""The version of a build without a tag: `0.1.dev1+g1234567`."""
 
 
 def _vllm(path: str, args: int | None = None) -> PrivateApi:
@@ -31,7 +31,7 @@ HOOKS = (
     _vllm("config:VllmConfig.__post_init__", 0),
     _vllm("v1.worker.worker_base:WorkerBase"),
 )
-"""Where fuseplan learns whether it is asked for. Without them it can't be."""
+"""Interfaces that tell fuseplan whether it is requested. Without them it can't be."""
 
 CONFIGURATION = (
     *map(_vllm, (
@@ -77,7 +77,7 @@ BACKEND = (
 """Interfaces used while vLLM's own backend compiles. Checked then, since importing them initialises devices."""
 
 INTERFACES = (*HOOKS, *CONFIGURATION, *WORKER, *BACKEND)
-"""All of it. A test holds the list against the source."""
+"""All interfaces. A test compares the list with the source."""
 
 
 @functools.cache
@@ -91,7 +91,7 @@ def missing(interfaces: tuple[PrivateApi, ...]) -> str | None:
 
 
 def obstacle() -> str | None:
-    """Why the vLLM or the torch that is installed can't be served, or None; workers and the backend look at more."""
+    """Why fuseplan can't work with the installed vLLM or torch, or None; workers and the backend check more."""
     release = numbers(vllm.__version__)
     if release is not None and release < OLDEST_VLLM:
         return f"vLLM {vllm.__version__} is too old: it needs {dotted(OLDEST_VLLM)} or newer"
@@ -114,12 +114,12 @@ def untried() -> str:
 
 
 def versions() -> str:
-    """Of vLLM and torch, in words."""
+    """The versions of vLLM and torch, in words."""
     return f"vLLM {vllm.__version__} (torch {torch.__version__})"
 
 
 def nothing(why: str) -> str:
-    """The line that an engine gets which runs without fuseplan."""
+    """The log line of an engine that runs without fuseplan."""
     return f"fuseplan {fuseplan.__version__} does nothing: {why}; vLLM runs without it"
 
 

@@ -1,10 +1,10 @@
-"""What the workers of a tensor-parallel group verify together, which none of them could verify alone: FlashInfer's
+"""Verification by all workers of a tensor-parallel group together, which none could do alone: of FlashInfer's
 all-reduces, say.
 
-A worker compiles its model in the forward pass by which vLLM sizes the KV cache. Between compilation and that run
-`VllmBackend.__call__` returns: there all workers meet. What kernels share between ranks is made then, and counts in the
-size of the cache. A warm start brings no graph and skips this: what a cold one has verified is in the report beside
-vLLM's cache, and where a start ended before, it is verified before the engine serves.
+A worker compiles its model in the forward pass by which vLLM sizes the KV cache. `VllmBackend.__call__` returns between
+compilation and that run: all workers meet there. Memory that kernels share between ranks is allocated then, so that
+vLLM accounts for it. A warm start brings no graph and skips this: the report beside vLLM's cache has the outcomes of
+the cold one; if that ended before verifying, the warm start verifies before the engine serves.
 """
 
 import functools
@@ -20,7 +20,7 @@ from fuseplan.record.report import merged
 from fuseplan.rules.families import BUILT_IN_RULES
 
 GRAPH = "vllm-verified"
-"""In the groups' store."""
+"""The key in the group's store."""
 
 
 def before_first_run(settle: Callable[[], None]) -> None:
@@ -41,16 +41,16 @@ def before_first_run(settle: Callable[[], None]) -> None:
 def verified_by_all(
     reports: Sequence[Report], config: PassConfig, known: dict[Pending, Verification], give_up: Callable[[], None]
 ) -> list[Report]:
-    """The reports, with what was pending in them verified by all workers, each of which calls this at once.
+    """The reports, with their pending fusions verified by all workers, which all call this at once.
 
     Args:
         reports: of graphs that haven't run yet.
         config: has the deadlines.
-        known: outcomes by what was verified before; new ones are added.
-        give_up: sees to it that what was compiled isn't found in a cache again.
+        known: outcomes of earlier verification; new ones are added.
+        give_up: keeps the compiled graphs from being found in a cache again.
 
     Raises:
-        UnsupportedError: a kernel is wrong on some rank, or one didn't come.
+        UnsupportedError: a kernel is wrong on some rank, or a rank didn't come.
         CollectiveError: a rank is left in a kernel.
     """
     pending = [each for each in pending_in(reports) if each not in known]

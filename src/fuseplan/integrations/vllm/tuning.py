@@ -1,4 +1,4 @@
-"""Measuring a model's fusions as vLLM compiles it: in its pieces and compile ranges, its ops lowered as it does it."""
+"""Measuring a model's fusions as vLLM compiles it: in its pieces and compile ranges, with its lowering of ops."""
 
 import logging
 import time
@@ -19,11 +19,11 @@ log = logging.getLogger("vllm.fuseplan")
 
 REPEATS = 9
 DEADLINE_S = 600.0
-"""That a worker waits for the others; one of them may compile an alternative meanwhile."""
+"""How long a worker waits for the others; one of them may compile an alternative meanwhile."""
 
 
 class Tuning:
-    """What is to be measured of a worker's graphs.
+    """The graphs of a worker to measure.
 
     Args:
         table: the file that rows are merged into.
@@ -35,12 +35,12 @@ class Tuning:
         self._lower: Callable[[fx.Graph], None] | None = None
 
     def add(self, problem: Problem, span: tuple[int, int], lower: Callable[[fx.Graph], None]) -> None:
-        """Takes a graph that wasn't rewritten yet, with its compile range and vLLM's lowering."""
+        """Takes a graph before rewriting, with its compile range and vLLM's lowering."""
         self._problems.append((problem, span))
         self._lower = lower
 
     def run(self, config: PassConfig) -> None:
-        """Measures, on all workers in lock step, and says so. An engine goes on whatever comes of it."""
+        """Measures, on all workers in lock step, and logs it. The engine goes on even if it fails."""
         from vllm.distributed.parallel_state import get_tp_group
 
         if not self._problems:

@@ -1,4 +1,4 @@
-"""Reading the clock: several calls beside each other, in turns, each long enough to be read, alone or in lock step."""
+"""Timing several calls in turns, each repeat long enough for the clock, alone or in lock step."""
 
 import gc
 import math
@@ -15,20 +15,20 @@ from torch import Tensor
 from fuseplan.measurement.tuning.lock_step import Ranks
 
 LEAST_REPEATS = 5
-"""Below, a median and its quartiles say little."""
+"""With fewer, a median and its quartiles say little."""
 
 REPEAT_NS = 2_000_000
 """The least duration of a repeat: thousands of times the resolution of a GPU's events or the CPU's clock."""
 
 MOST_CALLS = 1024
-"""Calls in one repeat: so many of even the shortest kernel last long enough."""
+"""The most calls in one repeat: this many calls of even the shortest kernel last long enough."""
 
 BUSY = 0.5
-"""Of its processors: a load beyond which a machine has other work."""
+"""As a share of the processors: a load above it means that the machine has other work."""
 
 WARM_UPS = 3
 CPU_CACHE_BYTES = 32 * 2**20
-"""Of the last cache of a core's complex or socket, of which Python can't ask: an order of magnitude."""
+"""The size of the last cache of a core's complex or socket, an order of magnitude: Python can't query it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +54,10 @@ Call = Callable[[Sequence[Tensor]], Any]
 
 
 class Subject:
-    """One call, run on sets of arguments in turns; on the CPU plainly.
+    """One call, run on sets of arguments in turns; on the CPU without further means.
 
     Args:
-        call: the one that is timed.
+        call: the call to time.
         sets: its arguments.
     """
 
@@ -82,16 +82,18 @@ class Subject:
         return time.perf_counter_ns() - start
 
     def close(self) -> None:
-        """Gives back what it holds."""
+        """Releases its resources."""
 
 
 class GraphedSubject(Subject):
-    """The same on a GPU: all calls of a repeat are one CUDA graph, so that launching costs what it costs in a model."""
+    """A subject on a GPU: all calls of a repeat are one CUDA graph, so that launches cost the same as in a model."""
 
     _graph: torch.cuda.CUDAGraph | None = None
 
     def warm_up(self) -> None:
-        """As of `Subject`, on a stream of its own, as capturing asks for; what can't be captured raises here."""
+        """As for `Subject`, on a stream of its own, as capturing requires; a call that can't be captured raises
+        here.
+        """
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -100,12 +102,12 @@ class GraphedSubject(Subject):
         self.settle(1)
 
     def settle(self, count: int) -> None:
-        """As of `Subject`; captures the calls."""
+        """As for `Subject`; captures the calls."""
         self.close()
         super().settle(count)
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        # Another thread, such as NCCL's watchdog, may ask the driver something meanwhile.
+        # Another thread, such as NCCL's watchdog, may query the driver meanwhile.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             for turn in range(count):
                 self.call(self.sets[turn % len(self.sets)])
@@ -113,7 +115,7 @@ class GraphedSubject(Subject):
         torch.cuda.synchronize()
 
     def time_ns(self) -> int:
-        """As of `Subject`: from the device's own clock."""
+        """As for `Subject`: by the device's own clock."""
         assert self._graph is not None
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -124,7 +126,7 @@ class GraphedSubject(Subject):
         return lasted
 
     def close(self) -> None:
-        """As of `Subject`: communicators of graphs that are still there can't be taken down."""
+        """As for `Subject`: a communicator can't be destroyed while its graphs exist."""
         if self._graph is not None:
             torch.cuda.synchronize()
             self._graph.reset()
@@ -132,7 +134,7 @@ class GraphedSubject(Subject):
 
 
 def subject_of(call: Call, sets: Sequence[Sequence[Tensor]], device: torch.device) -> Subject:
-    """How a call is timed on a device."""
+    """The subject that times a call on a device."""
     return GraphedSubject(call, sets) if device.type == "cuda" else Subject(call, sets)
 
 
@@ -147,13 +149,13 @@ def interleaved(
 ) -> dict[str, list[int]]:
     """The time of one call of each, in ns, by repeat: the slowest rank's.
 
-    Every repeat times each of them once, and begins with another one, so that what disturbs a while disturbs all.
+    Every repeat times each of them once, and begins with another one, so that a disturbance affects all of them.
 
     Args:
         subjects: warmed up; their number of calls is settled here, the same on all ranks.
         repeats: at least `LEAST_REPEATS`.
         ranks: all of them measure the same.
-        device: where.
+        device: the device to time on.
         count: calls in a repeat; None: as many as last `least_ns`.
         least_ns: the least duration of a repeat.
 
@@ -202,7 +204,7 @@ def _settle(subject: Subject, ranks: Ranks, device: torch.device, least_ns: int)
 
 
 def busy() -> list[str]:
-    """That other work runs on this machine, where it does: to be asked before anything is compiled."""
+    """A note that other work runs on this machine, if it does; call it before anything is compiled."""
     load, processors = os.getloadavg()[0], os.cpu_count() or 1
     if load <= BUSY * processors + 0.5:
         return []

@@ -12,17 +12,17 @@ from fuseplan.graph.facts import tensor_of
 from fuseplan.verification.specs import TensorSpec, concrete
 
 MOST_SETS = 32
-"""Sets of arguments of a few small tensors: more would not keep a cache of tens of megabytes from holding them all."""
+"""The most sets of arguments: with small tensors, even more would still fit into a cache of tens of megabytes."""
 
 MOST_BYTES = 4 * 2**30
-"""Of all sets together."""
+"""The most bytes of all sets together."""
 
 _LIBRARY = torch.library.Library("fuseplan_tuning", "DEF")
 _LIBRARY.define("produced(Tensor x) -> Tensor")
 _LIBRARY.impl("produced", lambda x: x.clone(), "CompositeExplicitAutograd")
 _LIBRARY.impl("produced", torch.empty_like, "Meta")
 PRODUCED = torch.ops.fuseplan_tuning.produced.default
-"""A value that some op of the model has just written, which Inductor may overwrite as it may overwrite that op's."""
+"""A value that an op of the model has just written, which Inductor may overwrite like any op's result."""
 
 
 def at_size(graph: fx.Graph, symbols: Mapping[Any, int], produced: Collection[str] = ()) -> fx.GraphModule:
@@ -56,7 +56,7 @@ def at_size(graph: fx.Graph, symbols: Mapping[Any, int], produced: Collection[st
 
 
 def producers(graph: fx.Graph, produced: Collection[str]) -> fx.GraphModule:
-    """What `at_size` adds to a graph, alone: its time isn't the component's."""
+    """Only the ops that `at_size` adds to a graph: their time isn't the component's."""
     new = fx.Graph()
     inputs = {node.name: new.placeholder(node.name) for node in graph.find_nodes(op="placeholder") if _is_tensor(node)}
     new.output(tuple(new.call_function(PRODUCED, (inputs[name],)) for name in sorted(produced)))
@@ -64,7 +64,7 @@ def producers(graph: fx.Graph, produced: Collection[str]) -> fx.GraphModule:
 
 
 def specs_of(graph: fx.Graph, symbols: Mapping[Any, int]) -> list[TensorSpec]:
-    """What the tensors among a graph's inputs are at a size."""
+    """The specs of the tensors among a graph's inputs at a size."""
     return [
         _spec(value, symbols) for node in graph.find_nodes(op="placeholder") if (value := tensor_of(node)) is not None
     ]
@@ -85,8 +85,8 @@ def _spec(value: Tensor, symbols: Mapping[Any, int]) -> TensorSpec:
 
 
 def argument_sets(specs: Sequence[TensorSpec], cache_bytes: int) -> list[list[Tensor]]:
-    """Random arguments, several sets of them: run in turns, they come from memory and not from a cache, unless all of
-    them together are smaller than it.
+    """Several sets of random arguments: used in turns, they come from memory and not from a cache, unless all of them
+    together fit into it.
 
     Args:
         specs: one for each argument.
@@ -114,7 +114,7 @@ def compiled(
     Args:
         gm: of `at_size`.
         arguments: like those that it will be called with.
-        lower: puts what Inductor knows in the place of an engine's own ops; None: there are none.
+        lower: replaces an engine's own ops by ops that Inductor knows; None: there are none.
 
     Raises:
         Exception: whatever Inductor raises.

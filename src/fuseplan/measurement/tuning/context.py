@@ -1,4 +1,4 @@
-"""The part of a graph around a component, cut out, so that what Inductor makes of it in the model can be run alone."""
+"""The part of a graph around a component, cut out, so that Inductor's kernels for it in the model can run alone."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from fuseplan.rewriting import apply
 from fuseplan.rules.families import find_sites
 
 MOST_NEIGHBOURS = 64
-"""Nodes around a component up to which it is cut out: more isn't what Inductor puts into its kernels."""
+"""The most nodes around a component that are cut out with it: Inductor doesn't put more into its kernels."""
 
 FUSED_BY_INDUCTOR = frozenset(
     {
@@ -42,7 +42,7 @@ class Context:
 
     Attributes:
         canonical: the graph.
-        inputs: nodes from outside whose values are read, in the order in which they are.
+        inputs: nodes from outside that it reads, in the order of their use.
         nodes: the component and its neighbours, in graph order.
         outputs: those of `nodes` that others read, in graph order.
     """
@@ -107,9 +107,10 @@ class Context:
 def context_of(problem: Problem, component: Iterable[int], places: Collection[int]) -> Context:
     """The part of a graph around a component.
 
-    It has the component's sites, what its candidates consume, and what Inductor may put into one kernel with any of
-    that: views, pointwise ops and reductions before and after it, as far as they belong to no other site. Where a
-    result is what an input of the model holds afterwards, it is written there, too, or Inductor would copy the input.
+    It has the component's sites, the nodes that its candidates consume, and the nodes that Inductor may put into one
+    kernel with any of these: views, pointwise ops and reductions before and after them, unless they belong to another
+    site. A result that the model writes back to an input is written back here as well, or Inductor would copy the
+    input.
 
     Args:
         problem: the graph's problem.
@@ -143,7 +144,7 @@ def _grown(graph: fx.Graph, core: set[fx.Node], others: Collection[fx.Node]) -> 
     most = len(core) + MOST_NEIGHBOURS
     for node in nodes:
         sources = node.all_input_nodes
-        # What also waits for something behind the component that isn't cut out is no neighbour of it.
+        # A node that also waits for a node behind the component that isn't cut out is no neighbour.
         waits = any(source in behind and source not in region for source in sources)
         if node in behind and not waits and len(region) < most and _is_neighbour(node, others):
             region.add(node)
@@ -155,7 +156,7 @@ def _grown(graph: fx.Graph, core: set[fx.Node], others: Collection[fx.Node]) -> 
 
 
 def _is_neighbour(node: fx.Node, others: Collection[fx.Node]) -> bool:
-    """Whether Inductor may fuse it, and no other site has it."""
+    """Whether Inductor may fuse it, and it belongs to no other site."""
     target = node.target
     if node in others or not isinstance(target, OpOverload) or is_mutation(node) or tensor_of(node) is None:
         return False

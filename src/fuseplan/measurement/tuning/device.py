@@ -13,15 +13,15 @@ from fuseplan.planner.costs import DeviceRecord, Measured
 from fuseplan.providers import local_profile
 
 MOST_COPY_BYTES = 2**30
-"""Of a copy through memory; a smaller device takes an eighth of what is free."""
+"""The size of a copy through memory; a smaller device takes an eighth of its free memory."""
 
 CACHED_SHARE = 8
 """A copy through the cache reads and writes this part of it."""
 
 
 def measure_device(*, repeats: int = 9, command: str = "fuseplan tune --device-only") -> DeviceRecord:
-    """Measures the current GPU alone, within CUDA graphs: a kernel with next to nothing to do, and kernels that copy
-    through cache and memory.
+    """Measures the current GPU alone, within CUDA graphs: a kernel with next to no work, and kernels that copy through
+    cache and memory.
 
     Args:
         repeats: of each time.
@@ -60,11 +60,11 @@ def measure_device(*, repeats: int = 9, command: str = "fuseplan tune --device-o
 
 
 def record_of(times: dict[str, Times], nbytes: dict[str, int], *, reported: str, command: str) -> DeviceRecord:
-    """Constants from times: the launch as it is, bandwidths from what copies take beyond one.
+    """Constants from times: the launch itself, and bandwidths from the time of copies beyond a launch.
 
     Args:
-        times: of a copy of next to nothing, and of those through cache and memory, by the constants' names.
-        nbytes: that each of them reads, and writes as many.
+        times: of a tiny copy, and of copies through cache and memory, by the constants' names.
+        nbytes: the bytes that each of them reads; it writes as many.
         reported: torch's name of the device.
         command: for the record.
 

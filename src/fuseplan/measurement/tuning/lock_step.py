@@ -1,4 +1,4 @@
-"""Ranks in lock step: what each of them has to say reaches all, and none waits for ever for one that is gone."""
+"""Ranks in lock step: they exchange values, and none waits for ever for one that is gone."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ POLL_S, WATCH_S = 0.005, 1.0
 
 
 class Ranks:
-    """One rank alone: nobody is waited for.
+    """One rank alone, which waits for nobody.
 
     Attributes:
         rank: of this process.
@@ -30,7 +30,7 @@ class Ranks:
     rank, size = 0, 1
 
     def exchange(self, value: Any) -> list[Any]:
-        """The values of all ranks, in their order; each has to be data of JSON.
+        """The values of all ranks, in their order; each has to be JSON data.
 
         Raises:
             RanksError: a rank failed, or didn't come in time.
@@ -38,19 +38,19 @@ class Ranks:
         return [value]
 
     def align(self, device: torch.device) -> None:
-        """Lets the ranks start what follows at once, as near as the device allows."""
+        """Aligns the ranks, so that they start the next work together, as closely as the device allows."""
 
 
 class LockStep(Ranks):
-    """Several ranks, all of which enter `exchange` and `align` in the same order.
+    """Several ranks that all enter `exchange` and `align` in the same order.
 
     Args:
-        store: that they share.
+        store: the ranks' shared store.
         rank: of this process.
         size: how many there are.
         deadline_s: seconds that one waits for the others.
-        leave: ends this process where it can't end by itself, since it waits for another rank inside a kernel; it is
-            called with a line for a person, empty where another rank reports it.
+        leave: ends this process where it can't end by itself, since it waits for another rank inside a kernel; called
+            with a line for a person, empty where another rank reports it.
     """
 
     def __init__(self, store: Store, rank: int, size: int, *, deadline_s: float, leave: Callable[[str], None]) -> None:
@@ -69,7 +69,7 @@ class LockStep(Ranks):
         return cls(store, group.rank(), group.size(), deadline_s=deadline_s, leave=leave)
 
     def exchange(self, value: Any) -> list[Any]:
-        """As of `Ranks`."""
+        """As for `Ranks`."""
         where = f"{PREFIX}/{self._turn}"
         names = [f"{where}/{rank}" for rank in range(self.size)]
         self._turn += 1
@@ -87,7 +87,7 @@ class LockStep(Ranks):
         return found
 
     def align(self, device: torch.device) -> None:
-        """As of `Ranks`. On a GPU what is launched next starts when all ranks have come so far."""
+        """As for `Ranks`. On a GPU the next launch starts when all ranks have reached this point."""
         if device.type != "cuda":
             dist.barrier()
             return
@@ -111,8 +111,8 @@ class LockStep(Ranks):
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Meanwhile this process is ended where another rank has failed, or none has come for twice the deadline, and
-        it hasn't found out: it may be waiting inside a kernel.
+        """Ends this process in the meantime if another rank fails, or none comes for twice the deadline, and it hasn't
+        noticed: it may be waiting inside a kernel.
         """
         done = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Rows into a cost table that others may be writing to as well."""
+"""Merging rows into a cost table that others may be writing to as well."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,22 +10,22 @@ from fuseplan.planner.costs import CostTable, Row
 from fuseplan.record.files import writing
 
 PATIENCE_S = 60.0
-"""Seconds to wait for who else writes: reading and writing a table takes a few milliseconds."""
+"""Seconds to wait for other writers: reading and writing a table takes a few milliseconds."""
 
 
 def merge_into(path: Path, device: str, rows: Iterable[Row], *, replace_broken: bool = False) -> CostTable:
     """Reads the table in a file, puts `rows` in, each in the place of the row of its key and tokens, and writes it.
 
-    Processes that do so at once take turns, by a lock on a file beside it, and none loses what another one wrote.
+    Concurrent processes take turns, by a lock on a file beside it, and none loses another one's rows.
 
     Args:
         path: of the file, which need not be there.
-        device: whose table it is.
+        device: the table's device.
         rows: of that device.
         replace_broken: whether a broken file is replaced.
 
     Returns:
-        What was written.
+        The written table.
 
     Raises:
         ConfigError: the table there is broken or of another device, and is left as it is; the file can't be written;

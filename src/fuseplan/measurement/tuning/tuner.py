@@ -24,12 +24,12 @@ from fuseplan.verification import Verifier
 from fuseplan.verification.specs import Sizes
 
 PRODUCERS = "producers"
-"""What is timed beside the alternatives where their inputs have to be produced first; no alternative is called so."""
+"""The name of the producers' own time, taken where inputs have to be produced first; no alternative has that name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where rows come from: the fields of `Row` that are the same in all of them."""
+    """The provenance of rows: the fields of `Row` that are the same in all of them."""
 
     device: str
     torch: str
@@ -41,12 +41,12 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What a watcher gets before something that takes a while.
+    """The progress that a watcher gets before a longer step.
 
     Attributes:
         site: the signature of a component's sites.
         doing: one clause.
-        done: times taken or compiled for so far, skipped ones included.
+        done: times taken, or compiled for, so far, skipped ones included.
         total: of the whole run.
     """
 
@@ -64,7 +64,7 @@ class Unclear:
         site: the signature of the component's sites.
         alternative: its name in the table.
         tokens: at which size.
-        beside_unfused: how much longer it takes.
+        beside_unfused: how much longer it takes than unfused.
     """
 
     site: str
@@ -79,15 +79,15 @@ class Tuner:
 
     Attributes:
         verifier: of the configuration.
-        ranks: that measure in lock step.
+        ranks: measure in lock step.
         origin: of the rows.
         repeats: at least `clock.LEAST_REPEATS`.
-        save: is handed the rows of each class as soon as they are all there.
-        watch: called with what is being done.
+        save: called with the rows of each class once it is complete.
+        watch: called before each step.
         lower: as for `compiled`.
-        saved: the rows of all classes that are done.
+        saved: the rows of all finished classes.
         skipped: alternatives that aren't measured.
-        unclear: what is measured, and could be faster than the component without fusions or slower.
+        unclear: measured alternatives that could be faster or slower than the component without fusions.
     """
 
     verifier: Verifier
@@ -108,7 +108,7 @@ class Tuner:
 
         Raises:
             RanksError: a rank failed, or didn't come in time.
-            ConfigError: what `save` raises.
+            ConfigError: raised by `save`.
         """
         self._total = sum(work.steps for work in works)
         for work in works:
@@ -151,7 +151,7 @@ class Tuner:
         sizes, found = Sizes(work.problem.canonical.graph), list[Row]()
         for tokens, rows in zip(work.tokens, work.rows, strict=True):
             times = self._times(work, context, graphs, sizes.at(tokens), rows)
-            # What produces the inputs isn't the component's.
+            # The time of producing inputs isn't the component's.
             less = times.pop(PRODUCERS).median_ns if PRODUCERS in times else 0
             found += [self._row(work, name, rows, each, less) for name, each in times.items()]
             self._done += len(work.alternatives)
@@ -160,7 +160,7 @@ class Tuner:
     def _times(
         self, work: Work, context: Context, graphs: Mapping[str, fx.Graph], symbols: Mapping[Any, int], rows: int
     ) -> dict[str, Times]:
-        """All alternatives at one size, those aside that fail."""
+        """The times of all alternatives at one size, without those that fail."""
         unfused = context.fused(())
         specs = specs_of(unfused, symbols)
         if not specs:
@@ -204,7 +204,7 @@ class Tuner:
         )  # fmt: skip
 
     def _agree(self, work: Work, rows: int | None, found: dict[str, Any], errors: dict[str, str]) -> None:
-        """Takes out what failed on any rank, and notes why."""
+        """Removes alternatives that failed on any rank, and records why."""
         everywhere: dict[str, str] = {}
         for of_rank in self.ranks.exchange(errors):
             everywhere = {**of_rank, **everywhere}
@@ -224,7 +224,7 @@ def _called(call: Callable[..., Any]) -> Call:
 
 @contextmanager
 def _noted(errors: dict[str, str], name: str) -> Iterator[None]:
-    """Whatever an alternative raises is why it isn't measured; fuseplan's own errors are everybody's."""
+    """Records any error of an alternative as the reason why it isn't measured; fuseplan's own errors end the run."""
     try:
         yield
     except FuseplanError:

@@ -1,4 +1,4 @@
-"""What is to be measured: every class of components once, with all its alternatives, at each size."""
+"""The work of tuning: every class of components once, with all its alternatives, at each size."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,14 +17,14 @@ class Work:
     """One class of components in one compile range.
 
     Attributes:
-        signature: of its sites, under which the table has it.
-        problem: that of the graph of the component that represents the class.
+        signature: of its sites, the key in the table.
+        problem: of the graph with the component that represents the class.
         span: first and last number of tokens of the range.
         places: ordinals of the component's sites.
         alternatives: candidates by name, `unfused` without any among them.
         tokens: the sizes, in tokens of the model.
-        rows: the same in rows of the first site, which is what the table has.
-        count: how many components are of the class.
+        rows: the sizes in rows of the first site, as in the table.
+        count: how many components the class has.
     """
 
     signature: str
@@ -49,7 +49,7 @@ class Work:
 
     @property
     def unsure(self) -> "Work | None":
-        """What of it could change the plan, with `unfused`, to which all is compared; None where nothing could."""
+        """The alternatives that could change the plan, with `unfused`, the baseline; None where none could."""
         names = {""} if not is_open(self.problem, self.component) else {
             alternative_name([self.problem.candidates[index] for index in subset], self.places)
             for subset in open_alternatives(self.problem, self.component)
@@ -63,7 +63,7 @@ class Work:
         return all(table.lookup(key, rows) is not None for key in keys for rows in self.rows)
 
     def without(self, failed: frozenset[int]) -> "Work":
-        """The same without the alternatives that have one of these candidates."""
+        """The work without alternatives that have one of these candidates."""
         kept = {name: chosen for name, chosen in self.alternatives.items() if failed.isdisjoint(chosen)}
         return replace(self, alternatives=kept)
 
@@ -74,7 +74,7 @@ class Skipped:
 
     Attributes:
         site: the signature of a component's sites.
-        alternative: of it; None: all of them.
+        alternative: the one that is skipped; None: all of them.
         tokens: rows of the activations; None: at every size.
         reason: one clause.
     """
@@ -88,14 +88,14 @@ class Skipped:
 def work_of(
     graphs: Sequence[tuple[Problem, tuple[int, int]]], tokens: Sequence[int] = ()
 ) -> tuple[list[Work], list[Skipped]]:
-    """The classes of all graphs in all ranges, and what of them can't be measured.
+    """The classes of all graphs in all ranges, and their alternatives that can't be measured.
 
-    Of equal components that stand among unlike neighbours the commonest kind is measured; alternatives that it lacks
-    are measured where they are.
+    Where equal components have different neighbours, the most common kind is measured; alternatives that it lacks are
+    measured where they exist.
 
     Args:
         graphs: each with first and last number of tokens of its range.
-        tokens: the sizes, each in the range that has it; none: those that ranges are priced at.
+        tokens: the sizes, each in the range that has it; none: the sizes that ranges are priced at.
     """
     found: list[Work] = []
     skipped: dict[Skipped, None] = {}
@@ -112,7 +112,7 @@ def work_of(
 
 
 def _sizes(problem: Problem, span: tuple[int, int], tokens: Sequence[int]) -> tuple[int, ...]:
-    """What a graph is measured at in a range; a graph of one size alone has no choice."""
+    """The sizes at which a graph is measured in a range; a graph of one size alone has no choice."""
     if not tokens or not problem.pricing.is_dynamic:
         return problem.pricing.tokens
     return tuple(size for size in sorted(set(tokens)) if span[0] <= size <= span[1])
@@ -157,7 +157,7 @@ def _by_frequency(members: Sequence[Work]) -> list[Work]:
 
 
 def _unmeasured(work: Work, known: set[tuple[str, int, str]]) -> Work | None:
-    """What of a component no other one brings, noted in `known`."""
+    """The part of a component's work that no other one covers; it is added to `known`."""
     sizes = list(dict.fromkeys(zip(work.tokens, work.rows, strict=True)))
     fresh = {
         name: chosen

@@ -1,5 +1,5 @@
-"""Cost tables that nobody has to name: this machine's, beside Inductor's cache, where `fuseplan tune` writes what no
-file is named for; and those that the package has, a file a device.
+"""Cost tables that nobody has to name: this machine's, beside Inductor's cache, where `fuseplan tune` writes by
+default; and those of the package, a file a device.
 """
 
 import logging
@@ -28,7 +28,7 @@ def cached_path(device: str) -> Path:
 
 
 def cached_table(device: str) -> CostTable | None:
-    """The table in that file. One that isn't there is None; so is a broken one, of which the log has a line."""
+    """The table in that file. None where the file is missing, or broken, which is logged."""
     path = cached_path(device)
     try:
         return CostTable.load(path, device=device)
@@ -40,6 +40,6 @@ def cached_table(device: str) -> CostTable | None:
 
 @cache
 def shipped_table(device: str) -> CostTable | None:
-    """The table that the package has of a device; None where it has none."""
+    """The package's table for a device; None where it has none."""
     path = SHIPPED / f"{device}.json"
     return CostTable.load(path, device=device) if path.exists() else None

@@ -1,7 +1,7 @@
-"""A modelled time with what its error comes from, and the interval of a sum or a difference of such times.
+"""A modelled time with the sources of its error, and the interval of a sum or a difference of such times.
 
-Errors are independent by their source, and of one source all times err alike: so what two sides have in common cancels
-in their difference, and of equal layers the errors add up.
+Errors of different sources are independent, and one source shifts all times alike: so common errors cancel in a
+difference, and those of equal layers add up.
 """
 
 import math
@@ -15,7 +15,7 @@ from fuseplan.rules.parts.traffic import Kernel, total_ns
 HALF_WIDTH = 1.2816
 """Standard deviations from the middle to either end of the interval of 80 %."""
 ROW = "row "
-"""How the name of a source starts that is a measured row: what stands there is its standard deviation in ns."""
+"""The prefix of a source that is a measured row: its exposure is the standard deviation in ns."""
 OWN = Error(less=1.0, more=1.0)
 
 Exposure = Mapping[str, float]
@@ -27,8 +27,8 @@ class Estimate:
     """A time, or a difference of times.
 
     Attributes:
-        ns: of it.
-        exposure: what it is exposed to.
+        ns: the time.
+        exposure: its errors, by source.
     """
 
     ns: int
@@ -75,7 +75,7 @@ def ends(value_ns: int, exposure: Exposure, errors: Mapping[str, Error]) -> tupl
 
     Args:
         value_ns: as modelled or measured.
-        exposure: of it.
+        exposure: of the value.
         errors: of the device.
     """
     below = above = 0.0

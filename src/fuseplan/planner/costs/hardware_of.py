@@ -1,4 +1,4 @@
-"""The constants of a device: those of its profile, or what torch reports of it, with what was measured here."""
+"""The constants of a device: its profile's, or those that torch reports, with the ones measured here."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def hardware_of(profile: DeviceProfile, *, here: bool, multicast: bool = True) -
 
     Args:
         profile: its record.
-        here: whether it is this machine's, and what was measured of it counts.
+        here: whether it is this machine's, so that measurements made here count.
         multicast: whether this machine lets NVLink's switches add, if they can.
     """
     hardware = profile.hardware or unknown_hardware(profile.name, profile.vendor, _facts() if here else Facts())
@@ -24,7 +24,7 @@ def hardware_of(profile: DeviceProfile, *, here: bool, multicast: bool = True) -
 
 
 def assumptions(hardware: Hardware) -> list[str]:
-    """The constants of which nothing is known."""
+    """The constants that are unknown."""
     return [name for name, constant in hardware.constants() if constant.source.startswith(ASSUMED)]
 
 

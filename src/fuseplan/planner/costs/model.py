@@ -3,13 +3,13 @@
     kernel = launch + signal + staging + memory + wire
 
 `memory` are the bytes read and written over the bandwidth of cache or memory, `wire` those that cross links over the
-links' bandwidth; both go on at the same time. `signal` is waiting for other ranks and `staging` what is copied before.
-A region takes as long as its kernels one after the other, as they run inside a CUDA graph.
+links' bandwidth; both overlap. `signal` is waiting for other ranks, and `staging` the copies before it. A region takes
+as long as its kernels one after the other, as they run inside a CUDA graph.
 
-How Inductor leaves what is not fused:
+How Inductor compiles ops that are not fused:
 
-- An all-reduce is a kernel: of the communication library, by the fastest of its algorithms, or where an engine's op or
-  one of torch's over symmetric memory stands in the graph, the one that this runs at the size. Its name says which.
+- An all-reduce is a kernel: the communication library's, by the fastest of its algorithms, or where the graph has an
+  engine's op or one of torch's over symmetric memory, the kernel that this op runs at the size. Its name says which.
 - Residual add and norm are one row reduction, SiLU-and-mul is one pointwise kernel.
 - fp8 quantisation joins the kernel before it: static is pointwise, and the row maximum of dynamic is a reduction over
   the rows that this kernel holds already. After an opaque fused op it is a kernel of its own.
@@ -34,7 +34,7 @@ EAGER_BYTES = 8
 """A kernel of an eager reference reads and writes float32."""
 
 REDUCED = "all_reduce ("
-"""How the name of an unfused all-reduce starts; behind it comes whose it is and by what algorithm."""
+"""The prefix of an unfused all-reduce's name; its library or engine and its algorithm follow."""
 
 BUILT_IN_TIMINGS: Mapping[str, Timing] = {each.name: each.timing for each in BUILT_IN_PROVIDERS if each.timing}
 """By the provider's name."""
@@ -43,8 +43,7 @@ BUILT_IN_TIMINGS: Mapping[str, Timing] = {each.name: each.timing for each in BUI
 class CostModel:
     """Prices regions on one device.
 
-    A site of a graph has parts: all-reduce, core, epilogue. A fusion takes some of them; what it leaves is run
-    unfused.
+    A site of a graph has parts: all-reduce, core, epilogue. A fusion takes some of them; the rest runs unfused.
     """
 
     def __init__(
@@ -91,7 +90,7 @@ class CostModel:
         return (min((_by_library(each, region) for each in served), key=lambda kernel: kernel.ns),)
 
     def _shots(self, region: Region) -> Shots | None:
-        """The kernel that an engine calls, or that the op in the graph is; None: the library's."""
+        """The kernel that the engine or the op in the graph calls; None: the library's."""
         dispatch, name = self.hardware.engines.get(region.reducer), region.reducer
         if dispatch is not None:
             takes = (each.kernel for each in dispatch.choices if each.takes(region.row_bytes, region.ranks))
@@ -119,13 +118,13 @@ class CostModel:
         return _doing(region.tail.alone(self, region), region)
 
     def copy(self, nbytes: int) -> Kernel:
-        """A copy of a value of so many bytes, in a kernel of its own: it is read and written."""
+        """A copy of a value of so many bytes, in a kernel of its own that reads and writes it."""
         return self.local("copy", 2 * nbytes)
 
     # Fused ops.
 
     def fused(self, region: Region, provider: str) -> tuple[Kernel, ...]:
-        """One fused op of all of a region's parts, by `provider`.
+        """One fused op for all parts of a region, by `provider`.
 
         It is priced as its timing says. A provider without one is taken to be one kernel, which is no more than an
         assumption: the model knows the price of one kernel, but not whether a user's op is one.

@@ -74,7 +74,7 @@ class DeviceRecord:
             raise ConfigError(f"date {self.date[:40]!r} isn't an ISO 8601 date") from None
 
     def applied(self, hardware: Hardware) -> Hardware:
-        """The constants of the device, with those that were measured in the place of what was taken for them."""
+        """The constants of the device, replaced by measured ones where there are any."""
         source = f"measured on {self.reported} by {self.command}, torch {self.torch}, {self.date}"
         measured: dict[str, Any] = {
             each.name: Constant(round(each.value, 1), each.unit, source) for each in self.constants
@@ -115,7 +115,7 @@ def record_path(device: str) -> Path:
 
 
 def cached_record(device: str) -> DeviceRecord | None:
-    """The record of a device. One that isn't there is None; so is a broken one, of which the log has a line."""
+    """The record of a device. None where it is missing, or broken, which is logged."""
     path = record_path(device)
     try:
         return DeviceRecord.load(path, device)

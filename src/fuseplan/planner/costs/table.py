@@ -26,8 +26,8 @@ LARGEST_NS = 3_600_000_000_000
 class Provenance(StrEnum):
     """How a time is known.
 
-    `declared` is what the owner says, `cost=` of a provider or `saving_us` of a pass; of what is `assumed` nobody has
-    said or measured anything, and it is taken to save launches.
+    `declared` times come from the owner: `cost=` of a provider or `saving_us` of a pass. `assumed` ones are neither
+    declared nor measured: the fusion is taken to save launches.
     """
 
     MEASURED = "measured"
@@ -48,7 +48,7 @@ class Row:
         provenance: whether it was measured or modelled.
         device: the profile's name.
         torch: torch's version, empty where it doesn't matter.
-        triton: triton's version, likewise.
+        triton: triton's version, or empty.
         topology: ranks and links, e.g. `tp2 nvlink`.
         date: ISO 8601.
         command: the one that was run.
@@ -83,9 +83,9 @@ class Row:
 MEDIAN_OF_FIVE = 1.2533 / (1.349 * 5**0.5)
 """The standard deviation of the median of five repeats, the fewest that there are, beside their interquartile range."""
 BENT, STEPPED = 0.2, 0.06
-"""How far times between two sizes are off the line: of the difference of both ends, in the middle between them, and of
-the time, since kernels change with the size. Fitted on 561 rows of `benchmarks/results` (regions, kernels and tables of
-H100 and H200) between two others; see `benchmarks/leave_one_out.py`.
+"""How far times between two sizes are off the line: as a share of the difference of both ends, in the middle between
+them, and as a share of the time, since kernels change with the size. Fitted on 561 rows of `benchmarks/results`
+(regions, kernels and tables of H100 and H200) between two others; see `benchmarks/leave_one_out.py`.
 """
 
 
@@ -118,7 +118,7 @@ class CostTable:
 
     def interpolate(self, key: str, tokens: int) -> tuple[int, int] | None:
         """(time, spread) in ns of an alternative at a size: its row, or on the line between its neighbours' rows, with
-        the larger spread of the two; None outside of what was measured.
+        the larger spread of the two; None outside the measured sizes.
         """
         rows = self.neighbours(key, tokens)
         if len(rows) < 2:
@@ -129,8 +129,8 @@ class CostTable:
         return time_ns, max(left.spread_ns, right.spread_ns)
 
     def deviation(self, key: str, tokens: int) -> float:
-        """The standard deviation of `interpolate`, in ns: that of a median of repeats, and between two rows what a line
-        misses.
+        """The standard deviation of `interpolate`, in ns: that of a median of repeats, and between two rows the error
+        of the line, too.
         """
         rows = self.neighbours(key, tokens)
         noise = MEDIAN_OF_FIVE * max(row.spread_ns for row in rows)
@@ -158,12 +158,12 @@ class CostTable:
         return curves
 
     def updated(self, rows: Iterable[Row]) -> "CostTable":
-        """The same table with `rows` added, each in the place of a row of its key and tokens."""
+        """The same table with `rows` added, each replacing a row with the same key and tokens."""
         merged = {**self._by_key, **{(row.key, row.tokens): row for row in rows}}
         return CostTable(device=self.device, rows=tuple(merged[name] for name in sorted(merged)))
 
     def before(self, other: "CostTable") -> "CostTable":
-        """The same table with the rows of `other` added whose keys it lacks: times of one key are of one machine."""
+        """The same table with those rows of `other` whose keys it lacks: all times of one key are from one machine."""
         keys = {row.key for row in self.rows}
         return self.updated(row for row in other.rows if row.key not in keys)
 

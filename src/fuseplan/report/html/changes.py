@@ -1,4 +1,4 @@
-"""What force and forbid change: a policy against the same policy without them."""
+"""The effect of force and forbid: a policy against the same policy without them."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Drawn graphs as the page takes them: boxes with titles, and segments: layers, and what lies before and after them."""
+"""Drawn graphs as the page takes them: boxes with titles, and segments: layers, and the parts before and after them."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ _HEAVY = ("attention", "mm", "bmm", "conv", "embedding", "linear", "einsum", "in
 
 @dataclass(frozen=True)
 class Drawn:
-    """A drawing, and where in it things are."""
+    """A drawing, with look-ups of its boxes."""
 
     drawing: Drawing
 
@@ -37,8 +37,8 @@ class Drawn:
         return tuple(sorted({found for name in nodes if (found := self._by_node.get(name)) is not None}))
 
     def box_near(self, nodes: Iterable[str], sources: Iterable[str | None], op: str | None) -> int | None:
-        """The box that something concerns: that of the first node that is drawn, or else one of the module that it
-        belongs to, of the op where there is one.
+        """The box of a record: that of its first drawn node, or else one of its module, with its op where there
+        is one.
         """
         for name in nodes:
             if name in self._by_node:
@@ -83,7 +83,7 @@ def _box(box: Box, layer: str, strings: Table) -> list[Any]:
 
 
 def _weight(name: str) -> int:
-    """0 for what a box is best known by, 1 for other ops of torch, 2 for what moves or casts."""
+    """0 for the ops that name a box best, 1 for other ops of torch, 2 for moves and casts."""
     space, short = name.partition(".")[0], _short(name)
     if space not in ("aten", "prims") and "<" not in name and "wait" not in short:
         return 0
@@ -102,8 +102,8 @@ def _short(name: str) -> str:
 
 
 def _segments(boxes: tuple[Box, ...]) -> list[dict[str, Any]]:
-    """Layers in order of first use. A box of no layer goes with the box before it, but for those before the first layer
-    and after the last, which are segments of their own.
+    """Layers in order of first use. A box outside layers goes with the box before it; those before the first layer and
+    after the last are segments of their own.
     """
     keys = [found[0] if box.source and (found := _LAYER.match(box.source)) else None for box in boxes]
     last = max((index for index, key in enumerate(keys) if key is not None), default=-1)

@@ -21,14 +21,14 @@ SCRIPTS = (
     "dom", "format", "view", "state", "theme", "layout", "figure", "layer", "layers", "focus", "flips", "chart",
     "tokens", "policies", "contests", "misses", "costs", "details", "fusion", "places", "search", "main",
 )  # fmt: skip
-"""In the order in which they are put into one function, whose names they share."""
+"""Scripts in the order in which they are put into one function, so that they share names."""
 
 
 def render_html(comparison: Comparison) -> str:
     """The report as one HTML file: no network, no other files, no code but its own.
 
     Args:
-        comparison: what to show; without evidence the page has no drawing, no slider and no rows behind its figures.
+        comparison: its content; without evidence the page has no drawing, no slider and no rows behind its figures.
     """
     style, script = _style(), _script()
     text = _template().render(
@@ -40,7 +40,7 @@ def render_html(comparison: Comparison) -> str:
         script_hash=_hash(script),
         embedded=_embedded,
     )
-    # A name from the command line may hold bytes that are no text.
+    # A name from the command line may have bytes that aren't text.
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -65,7 +65,7 @@ def check_html(path: Path) -> None:
 
 
 def _embedded(view: dict[str, Any]) -> Markup:
-    """Data for a `<script type="application/json">`: ASCII, without characters that mean something to HTML."""
+    """Data for a `<script type="application/json">`: ASCII, without characters that are special in HTML."""
     text = json.dumps(view, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")

@@ -1,4 +1,4 @@
-"""Tables of the page's data: what occurs often is stored once and named by its index."""
+"""Tables of the page's data: repeated values are stored once and referred to by index."""
 
 from collections.abc import Hashable
 from typing import Any
@@ -15,8 +15,8 @@ class Table:
         """The index of a row.
 
         Args:
-            key: what makes it the same row.
-            row: what is stored for it; the key itself where None.
+            key: equal for equal rows.
+            row: the stored value; the key itself where None.
         """
         found = self._index.get(key)
         if found is None:

@@ -51,7 +51,7 @@ def _of(comparison: Comparison, index: int, report: Report) -> Iterator[dict[str
 
 
 def _places_in_step(report: Report, found: ConflictClass) -> int:
-    """At how many places of a step it is so: of a range where it is so most often."""
+    """The number of places of a step in a conflict class, in the range where it is highest."""
     ranges = (replace(report, graphs=tuple(graphs)) for graphs in by_range(report))
     kind = (found.winner, found.loser, found.op)
     return max(row.count for each in ranges for row in each.conflicts if (row.winner, row.loser, row.op) == kind)
@@ -60,9 +60,9 @@ def _places_in_step(report: Report, found: ConflictClass) -> int:
 def rule_state(report: Report, rule: str) -> str:
     """How a rule fares under a policy.
 
-    `unlisted` (by its order), `unmatched`, `all` or `some` of its matches applied; and where none is: `off`,
-    `covered` by fusions that take all that it would, `starved` by the order, `forbidden`, `unpriced`, `unsure`,
-    `outdone` in the plan, or not `worth` it.
+    `unlisted` (by its order), `unmatched`, `all` or `some` of its matches applied; and where none is: `off`, `covered`
+    by fusions of a superset of its nodes, `starved` by the order, `forbidden`, `unpriced`, `unsure`, `outdone` in the
+    plan, or not `worth` it.
     """
     fused, matched = report.fused.get(rule, 0), report.matched.get(rule, 0)
     if report.order and rule not in report.order:
@@ -88,6 +88,6 @@ def rule_state(report: Report, rule: str) -> str:
 
 
 def behind_us(report: Report, first: Report) -> list[float]:
-    """By how much less a policy saves than the first one, by range."""
+    """How much less a policy saves than the first one, by range."""
     saved = [[Saved.of(each, span).saved_ns for each in (first, report)] for span in report.per_range]
     return [round((best - own) / 1000, 3) for best, own in saved]

@@ -1,4 +1,4 @@
-"""A comparison as the page's data: policies by ranges and graphs, with what they share in tables."""
+"""A comparison as the page's data: policies by ranges and graphs, with shared values in tables."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -162,7 +162,7 @@ class _View:
         }  # fmt: skip
 
     def _warnings(self) -> list[dict[str, Any]]:
-        """What was on without effect, and what was refused as a whole, each once."""
+        """Ineffective flags and selectors, and refusals of whole graphs, each once."""
         refusals = [warning for report in self.comparison.reports for warning in report.warnings]
         for report in self.comparison.reports:
             for graph in report.graphs:

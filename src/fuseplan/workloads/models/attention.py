@@ -62,5 +62,5 @@ def _(
 
 @register_flop_formula(torch.ops.gpt_oss.attention)
 def _operations(q_BSQD: torch.Size, k_BLKD: torch.Size, *others: object, **more: object) -> int:
-    """Two products of every query with every position that there is."""
+    """Two products of every query with every position."""
     return 4 * q_BSQD.numel() * k_BLKD[1]

@@ -60,7 +60,7 @@ def experts(
     hidden: int,
     group: str,
 ) -> Tensor:
-    """Route each token to `top_k` experts and add up what they return, weighted.
+    """Route each token to `top_k` experts and add up their weighted results.
 
     For each token t, with `p = softmax(top_k(router_logits[t]))`:
 

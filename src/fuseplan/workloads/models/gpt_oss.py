@@ -91,7 +91,7 @@ class KVCache(NamedTuple):
 
     @classmethod
     def empty(cls, model: GptOss, batch: int, max_len: int) -> KVCache:
-        """A cache of zeros for this model, on its device, in its dtype and with the kv heads that it has here."""
+        """A cache of zeros for this model, on its device, in its dtype and with this rank's kv heads."""
 
         def zeros(layer: Layer) -> Tensor:
             attn = layer.attention
@@ -108,7 +108,9 @@ class KVCache(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What every layer of one forward pass shares: positions of queries and keys, RoPE tables, (B, S), the cache."""
+    """The values that all layers of one forward pass share: positions of queries and keys, RoPE tables, (B, S), the
+    cache.
+    """
 
     queries: Tensor
     keys: Tensor
@@ -184,7 +186,9 @@ class Layer(nn.Module):
         self.padding = config.padded_hidden - config.hidden
 
     def forward(self, x_TH: Tensor, residual_TH: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
-        """[T, H] twice -> what the experts add to the residual stream, and the stream before it is added."""
+        """[T, H] twice -> the experts' output, to be added to the residual stream, and the stream before it is
+        added.
+        """
         x_TH, residual_TH = self.input_norm(x_TH, residual_TH)
         x_TH = self.attention(x_TH, step)
         x_TH, residual_TH = self.post_attention_norm(x_TH, residual_TH)

@@ -41,7 +41,7 @@ def check_size(config: GptOssConfig, size: int) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One rank's place in a group: what it keeps of each weight."""
+    """One rank's place in a group, and its share of each weight."""
 
     group: str
     rank: int
@@ -72,7 +72,7 @@ class AllReduced(nn.Module):
         self.inner, self.group = inner, group
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """What `inner` returns, summed over the ranks."""
+        """The result of `inner`, summed over the ranks."""
         return all_reduce(self.inner(*inputs), self.group)
 
 

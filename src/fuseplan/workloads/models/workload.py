@@ -34,7 +34,7 @@ class Workload:
 
     @property
     def name(self) -> str:
-        """As users write it."""
+        """The name as users write it."""
         return self.config.name + (":outer-reduce" if self.outer_reduce else "")
 
     def with_layers(self, layers: int) -> Workload:
