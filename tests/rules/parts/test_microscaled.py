@@ -356,7 +356,7 @@ SIX = "the codes are MXFP6 (e2m3), or e2m1 that is converted in another way"
 E2M1 = "the codes are e2m1 that is converted in another way"
 DIGIT = "the largest is rounded at another digit than the codes' last"
 OTHERWISE = "codes in e2m1, or their scales, are computed in another way"
-UNCLAMPED = "what is cast isn't clamped: torch makes infinity"
+UNCLAMPED = "the value cast isn't clamped: beyond the range of float8_e5m2, torch yields infinity"
 ONE_GROUP = f"a row is one group of {WIDTH}"
 NEAR_MISSES: dict[str, tuple[Quantise, str]] = {
     "mx_fp4: a group a row": (partial(mx_fp4, scaling="floor", size=WIDTH), ONE_GROUP),
