@@ -90,7 +90,7 @@ class Member:
 
     @property
     def name(self) -> str:
-        """The fused op's name: the names of its parts. A member of the core alone gets a variation of the core's name."""
+        """The fused op's name: the names of its parts, or for a core alone its op's name without `fused_`."""
         if self.prologue is None and self.epilogue is None:
             return self.op.name.removeprefix("fused_")
         names = (

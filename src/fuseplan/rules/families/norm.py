@@ -17,7 +17,7 @@ NAMES = {
     Kind.PADDING: ("act_padding", "allreduce_rms_padding", "fuse_act_padding"),
     Kind.QUANTISATION: ("norm_quant", "allreduce_rms_quant", "fuse_norm_quant"),
 }
-"""By epilogue: the names of its rules, without and with an all-reduce, and its flag."""
+"""By kind of epilogue: the names of its rules, without and with an all-reduce, and its flag."""
 
 
 class NormRule(ComposedRule):
