@@ -171,7 +171,7 @@ def test_what_can_not_be_run_here_is_applied_and_says_so() -> None:
     (verified,) = report.verified
     assert verified.passed
     assert verified.detail is not None
-    assert verified.detail.startswith("not verified: what it stands for raises LookupError: no engine runs here")
+    assert verified.detail.startswith("not verified: the region it replaces raises LookupError: no engine runs here")
     assert "aten.mul.Tensor" not in called
 
 

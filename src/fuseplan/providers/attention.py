@@ -247,8 +247,8 @@ def packed_offers(vendor: str | None) -> dict[str, Offer]:
 
 @dataclass(frozen=True, kw_only=True)
 class TorchAttention(Provider):
-    """torch's attention on keys and values with fewer heads than queries. Its kernels' limits depend on the vendor of the
-    device.
+    """torch's attention on keys and values with fewer heads than queries. Its kernels' limits depend on the vendor of
+    the device.
 
     Attributes:
         offered: the offers for a vendor's devices; for None, the offers on this machine.

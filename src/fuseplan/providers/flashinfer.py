@@ -44,12 +44,11 @@ WEIGHT_BIAS_FROM = "0.6.12"
 """The first release whose all-reduce fusion multiplies by 1 + weight."""
 
 DYNAMIC_FROM = "0.6.15"
-"""The first release with a scale a row, and with reductions over warps of fewer than 32 threads in its all-reduce fusion.
-"""
+"""The first release with a scale a row, and whose all-reduce fusion reduces over warps of fewer than 32 threads."""
 
 EARLY_LAUNCH_FROM = "0.7.1"
-"""The first release whose all-reduce fusion waits for the preceding kernel before it reads the residual. In an older one,
-a kernel launched early (programmatic dependent launch) can read a residual that isn't written yet.
+"""The first release whose all-reduce fusion waits for the preceding kernel before it reads the residual. In an older
+one, a kernel launched early (programmatic dependent launch) can read a residual that isn't written yet.
 """
 
 BLOCK_THREADS = 1024
@@ -123,8 +122,8 @@ def all_reduce_dynamic(m: Any) -> tuple[Tensor, Tensor, Tensor]:
     Equals `ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant` with division by the scale.
 
     Args:
-        m: as for `all_reduce_norm`; min_scale 1 / (448 * 512), which is built into the kernel; no other bound on scales;
-            quant_rounding `divide`.
+        m: as for `all_reduce_norm`; min_scale 1 / (448 * 512), which is built into the kernel; no other bound on
+            scales; quant_rounding `divide`.
 
     Returns:
         (q, scale, residual_out): [..., hidden], [..., 1] in float32 and [..., hidden], contiguous.
@@ -179,8 +178,8 @@ def norm_static(m: Any) -> Any:
     `fp32`, except for the rounding of the norm.
 
     Args:
-        m: x [..., hidden], float16 or bfloat16; residual of x's shape and dtype, or none, copied since the kernel writes
-            the sum over it; weight [hidden] in x's dtype; scale, one float32 element; quant_rounding `multiply`.
+        m: x [..., hidden], float16 or bfloat16; residual of x's shape and dtype, or none, copied since the kernel
+            writes the sum over it; weight [hidden] in x's dtype; scale, one float32 element; quant_rounding `multiply`.
 
     Returns:
         q, or (q, residual_out), all [..., hidden], contiguous.

@@ -1,7 +1,7 @@
 """`Provider`, the record of a provider of fused ops: its devices, requirements, limits, rounding and cost.
 
-vLLM asks `rocm_aiter_ops.is_enabled()` in an `if` ladder of its pass manager; here each provider answers for itself, and
-gives a reason.
+vLLM asks `rocm_aiter_ops.is_enabled()` in an `if` ladder of its pass manager; here each provider answers for itself,
+and gives a reason.
 """
 
 import importlib.metadata
@@ -77,8 +77,7 @@ class Provider:
     uuid: Any = None
 
     def offers(self, device: DeviceProfile | None = None) -> Mapping[str, Offer]:
-        """The fused ops that are candidates; for a device other than this one, they include the ops that are only priced.
-        """
+        """The fused ops that are candidates; for a device other than this one, also the ops that are only priced."""
         return self.implements if device is None else {**self.prices, **self.implements}
 
     def runs(self, op: str) -> bool:
@@ -171,8 +170,8 @@ def provider_of(
             a graph with another rounding is refused, unless `allow_rounding_changes` is set. None: any requested one.
         most_rows: the most rows of its first tensor that a kernel takes, as a function of the arguments, which are
             attributes named as in the op's schema; a call with more runs the op's reference. None: any number.
-        available: a function that returns None, or one line for reports on why the kernels can't run on this machine. It
-            isn't called if the plan is for another device. None: they run on any device of `vendors`.
+        available: a function that returns None, or one line for reports on why the kernels can't run on this machine.
+            It isn't called if the plan is for another device. None: they run on any device of `vendors`.
         cost: the cost of a call: a `Timing` such as `ONE_KERNEL`, as for fuseplan's own kernels; a `KernelCost`;
             microseconds; or a function that returns microseconds, given the arguments as `Bindings` whose tensors have
             no data and numbers as sizes. None: not declared; the ops aren't applied until they are measured, unless

@@ -78,8 +78,8 @@ class Rule:
 
     A subclass gives `name`, `flags`, `op` and `pattern`. It gives `replacement` unless the fused op takes variables by
     name and yields the pattern's values, and `check` where the pattern alone can't express a condition. Variables bind
-    by parameter name; epsilons, widths, groups and dtypes are variables like tensors. A rule may have a `uuid`, a method
-    or a value, that changes with the behaviour of these functions: compiled graphs are cached under it, or not at all.
+    by parameter name; epsilons, widths, groups and dtypes are variables like tensors. `uuid`, a method or a value, has
+    to change with the behaviour of these functions: compiled graphs are cached under it, and not at all without it.
 
     Attributes:
         name: shared by the members of a family, e.g. `allreduce_rms`.
@@ -87,7 +87,8 @@ class Rule:
         op: the fused op, whose providers the plan chooses from.
         core: the dialect op that this fusion takes and that other fusions may contend for.
         requires: names of other rules. Each of their matches that shares a value with a match of this rule must be
-            applied with it, by the same provider; e.g. where only the other kernel reads the layout of this one's result.
+            applied with it, by the same provider; e.g. where only the other kernel reads the layout of this one's
+            result.
         together: whether the matches of the rule in a graph are applied all or none.
         opt_in: the flag that must be True for the rule to be on, unless a policy lists the rule or `default_on` covers
             the graph; None: the rule is on where none of its flags is False.

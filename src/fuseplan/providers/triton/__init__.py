@@ -1,5 +1,5 @@
-"""fuseplan's own Triton kernels, a file a family with its launcher, and their epilogues, a file each. Importing this needs
-no Triton; running kernels does.
+"""fuseplan's own Triton kernels, a file a family with its launcher, and their epilogues, a file each. Importing this
+needs no Triton; running kernels does.
 """
 
 import functools
@@ -93,8 +93,8 @@ def halved_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rounding: str)
 
 
 def linear_add_rms_norm(m: Any) -> tuple[Tensor, ...]:
-    """`families.linear_norm.linear_add_rms_norm_reference` in two kernels. The second sums the parts that several programs
-    computed of each tile of the layer.
+    """`families.linear_norm.linear_add_rms_norm_reference` in two kernels. The second sums the parts that several
+    programs computed of each tile of the layer.
     """
     from fuseplan.providers.triton.launching import Norm
     from fuseplan.providers.triton.linear import launch_normed

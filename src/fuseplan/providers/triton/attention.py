@@ -2,16 +2,17 @@
 
 y = softmax(q @ repeat(k)^T * scale + mask) @ repeat(v)        over tiles of keys;  y = sum(w * part) / sum(w)
 
-Scores may be capped before the mask is added, softcap * tanh(x / softcap), and may have a sink: a logit of each head that
-takes weight and has no value. The first part of a query includes it.
+Scores may be capped before the mask is added, softcap * tanh(x / softcap), and may have a sink: a logit of each head
+that takes weight and has no value. The first part of a query includes it.
 
 The queries that share a head, and their tokens, are the rows of one tile, so keys and values are read once. A program
 takes every n-th tile of keys, which balances the work at any length. It reads the mask first: for tiles that are masked
 in all rows it loads neither keys nor values, so the unused part of a static cache costs nothing, and one captured CUDA
 graph serves all lengths. A second kernel combines the parts.
 
-A key is masked at minus infinity, and also at -60,000 or less if its row has keys above that: from a boolean mask, torch
-before 2.12 makes -65,504 for cuDNN. Weights of such keys are zero in float32 unless scores of one row are 29,000 apart.
+A key is masked at minus infinity, and also at -60,000 or less if its row has keys above that: from a boolean mask,
+torch before 2.12 makes -65,504 for cuDNN. Weights of such keys are zero in float32 unless scores of one row are 29,000
+apart.
 
 The equivalent eager code is `fuseplan.rules.parts.attention.op.attention_reference`, and with soft-cap and sinks
 `fuseplan.rules.parts.eager_attention.op.eager_attention_reference`. A query without keys, or with all keys masked by
@@ -80,8 +81,8 @@ def _attend(
     SHARED_ANGLES: tl.constexpr, NORMS: tl.constexpr, ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr,
     ROUNDS_PRODUCTS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One of `splits` parts of the attention of ROWS queries of a head; WHOLE: all of it. WRITES: first writes `written`,
-    the key and the value of the queries' own token, into the cache.
+    """One of `splits` parts of the attention of ROWS queries of a head; WHOLE: all of it. WRITES: first writes
+    `written`, the key and the value of the queries' own token, into the cache.
     """
     split = tl.program_id(0) % splits
     place = tl.program_id(0) // splits
@@ -255,8 +256,8 @@ def launch(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, kernel: str | None, split: Split | None = None,
     *, sinks: Tensor | None = None, softcap: float | None = None, written: Token | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `attention_reference` with is_causal=False, and `eager_attention_reference`; with `written`, the compositions in
-    `fuseplan.rules.families.cached_attention`. Tensors may have any strides.
+    """See `attention_reference` with is_causal=False, and `eager_attention_reference`; with `written`, the compositions
+    in `fuseplan.rules.families.cached_attention`. Tensors may have any strides.
 
     Args:
         q: [batch, q_heads, queries, head_dim]; bfloat16, float16 or float32.

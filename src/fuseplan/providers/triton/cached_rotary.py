@@ -5,8 +5,8 @@ y = x * cos + cat(-x2, x1) * sin        of q, which is yielded, and of k
 k_cache[:, :, positions] = y,   v_cache[:, :, positions] = v
 
 A program holds some heads of a token's q, k or v, and reads and writes each element once. It writes at no position
-outside of the caches: on the GPU, an assertion fails for such a position and ends the process's kernels, as in Inductor's
-own code. The equivalent eager code is `ops.qk_norm_rope_cache.reference`.
+outside of the caches: on the GPU, an assertion fails for such a position and ends the process's kernels, as in
+Inductor's own code. The equivalent eager code is `ops.qk_norm_rope_cache.reference`.
 """
 
 from dataclasses import dataclass

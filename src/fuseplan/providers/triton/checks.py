@@ -222,7 +222,7 @@ class FewQueries:
 
 
 class WrittenToken(FewQueries):
-    """The check of attention that first writes the query's own token into the caches: `q` may have tokens before heads."""
+    """The check of attention that first writes the query's token into the caches: `q` may have tokens before heads."""
 
     def _queries(self, m: Any) -> Any:
         return m.positions.shape[0]

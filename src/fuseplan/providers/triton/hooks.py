@@ -14,8 +14,8 @@ CALL_HOOK: Final = "_call_hook"
 
 
 def names_functions(kernel: Any) -> Any:
-    """Lets hooks see the functions among a Triton kernel's constants by their names: without that, Triton before 3.7 raises
-    TypeError in the middle of a launch.
+    """Lets hooks see the functions among a Triton kernel's constants by their names: without that, Triton before 3.7
+    raises TypeError in the middle of a launch.
     """
     if not FAIL_AT_FUNCTIONS or not isinstance(kernel, JITFunction):
         return kernel

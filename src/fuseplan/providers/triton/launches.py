@@ -1,7 +1,7 @@
 """Launches as Python code: the launches of one call of an op, written out for calls with similar arguments.
 
-The code allocates results and scratch and launches the kernels, without a loop, since the device may wait for it. It uses
-numbered names and offsets; sizes and other kernel arguments are named constants.
+The code allocates results and scratch and launches the kernels, without a loop, since the device may wait for it. It
+uses numbered names and offsets; sizes and other kernel arguments are named constants.
 """
 
 import functools
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch._C._dynamo import guards
 
 handed = Tensor.data_ptr
-"""Turns a tensor into a launch argument. Triton takes addresses as they are; of a tensor it queries the address, and then
-the driver, for whether the GPU can read there.
+"""Turns a tensor into a launch argument. Triton takes addresses as they are; of a tensor it queries the address, and
+then the driver, for whether the GPU can read there.
 """
 
 
@@ -36,8 +36,8 @@ class Launch:
 
 
 def launcher(compiled: Any, grid: tuple[int, ...], device: int) -> Callable[..., None]:
-    """compiled[grid], which launches Triton's machine code on the current stream, without preparing the hooks' arguments
-    where no hook is set.
+    """compiled[grid], which launches Triton's machine code on the current stream, without preparing the hooks'
+    arguments where no hook is set.
 
     Args:
         compiled: the machine code.
@@ -97,7 +97,7 @@ class _Memory(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """The place of a pool's tensor: its name in code, address, bytes from the first to the last, and bytes of an element."""
+    """A pool's tensor in memory: its name in code, address, bytes from first to last, and bytes of an element."""
 
     name: str
     start: int
@@ -139,7 +139,7 @@ class _Written:
 
 @functools.lru_cache(maxsize=1024)
 def _compiled(source: str) -> CodeType:
-    """Compiles and caches source: sizes are named constants, so calls with other numbers of rows have the same source."""
+    """Compiles source, cached: sizes are named constants, so calls with other numbers of rows share it."""
     return compile(source, "<launches of fuseplan>", "exec")
 
 
@@ -149,8 +149,8 @@ class Replay:
 
     Attributes:
         device: the index of the GPU.
-        launch: allocates results and scratch on it and launches the kernels, for inputs with addresses aligned as in the
-            original call: Python code without a loop, since the device may wait for it.
+        launch: allocates results and scratch on it and launches the kernels, for inputs with addresses aligned as in
+            the original call: Python code without a loop, since the device may wait for it.
     """
 
     device: int
@@ -160,8 +160,8 @@ class Replay:
     def of(
         cls, launches: Sequence[Launch], inputs: Sequence[Tensor], results: Sequence[Tensor], scratch: Sequence[Tensor]
     ) -> "Replay | None":
-        """The replay of a call's launches on its inputs, results and scratch. None where two of these share memory, so that
-        arguments are ambiguous, or where a launch took another tensor.
+        """The replay of a call's launches on its inputs, results and scratch. None where two of these share memory, so
+        that arguments are ambiguous, or where a launch took another tensor.
         """
         made = {f"made{place}": each for place, each in enumerate((*results, *scratch))}
         pool = {f"input{place}": each for place, each in enumerate(inputs)} | made

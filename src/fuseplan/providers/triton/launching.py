@@ -97,7 +97,7 @@ MOST_PROGRAMS = 65535
 
 
 def block_of(width: int) -> int:
-    """Elements of a tile's row: at least as many as a program has threads; otherwise threads would see different values."""
+    """Elements of a tile's row: at least one for each thread of a program, or threads would see different values."""
     return max(64, int(triton.next_power_of_2(width)))
 
 

@@ -1,9 +1,9 @@
 """Linear layers of a few rows, as in decoding: y_i = x @ w_i^T + b_i, for up to three weights in one kernel.
 
 Such a layer is bound by the reads of its weights. A program reads a tile of one weight's rows, at their full width, and
-multiplies it by all rows of x, which stay in the L2; the weight is the left operand, so that tensor cores pad x's rows to
-16 and not to 64. The order of sums is fixed. All layers' tiles are in one grid, so a small layer's don't wait for a large
-one's. With SiLU-and-mul a tile has as many rows of gate as of up. If a norm follows a layer with fewer tiles than
+multiplies it by all rows of x, which stay in the L2; the weight is the left operand, so that tensor cores pad x's rows
+to 16 and not to 64. The order of sums is fixed. All layers' tiles are in one grid, so a small layer's don't wait for a
+large one's. With SiLU-and-mul a tile has as many rows of gate as of up. If a norm follows a layer with fewer tiles than
 processors, several programs share a tile's width, and the norm's kernel sums their parts as it reads them, again in a
 fixed order.
 

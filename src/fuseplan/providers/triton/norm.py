@@ -70,8 +70,8 @@ def launch(
         residual: like x, or float32; None: no residual.
         norm: weight, epsilon and rounding.
         epilogue: the epilogue of rows before they are stored.
-        parts: [parts, ..., hidden], float32 and contiguous: their sum, rounded to x's dtype, is normalised instead of x,
-            which isn't read. None: x is normalised.
+        parts: [parts, ..., hidden], float32 and contiguous: their sum, rounded to x's dtype, is normalised instead of
+            x, which isn't read. None: x is normalised.
         keeps: whether the norm is yielded as well.
 
     Returns:

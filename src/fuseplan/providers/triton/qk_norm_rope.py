@@ -37,8 +37,8 @@ def rotated_heads(
     dtype: tl.constexpr, HALF: tl.constexpr, SHARED_ANGLES: tl.constexpr, NORMS: tl.constexpr,
     ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, ROUNDS_PRODUCTS: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """The two halves of rotated heads [ROWS, WIDTH], first normed if NORMS. `low` and `cosines` are pointers to the first
-    halves, `column` are indices in a half.
+    """The two halves of rotated heads [ROWS, WIDTH], first normed if NORMS. `low` and `cosines` are pointers to the
+    first halves, `column` are indices in a half.
     """
     x1 = tl.load(low, mask=inside, other=0.0, eviction_policy=EVICTION).to(tl.float32)
     x2 = tl.load(low + HALF * x_dim, mask=inside, other=0.0, eviction_policy=EVICTION).to(tl.float32)

@@ -5,8 +5,8 @@ up the machine code. That takes the host several times as long as a launch from 
 graphs the device waits for it. All of it follows from shapes, strides, dtypes, alignment and numbers, so for similar
 arguments the same machine code is launched again, on these arguments and on new results.
 
-Inductor's generated code knows shapes, strides, dtypes and numbers when it is compiled. It calls `Direct`, which bypasses
-torch's dispatcher and the inspection of each argument.
+Inductor's generated code knows shapes, strides, dtypes and numbers when it is compiled. It calls `Direct`, which
+bypasses torch's dispatcher and the inspection of each argument.
 """
 
 import contextlib
@@ -96,8 +96,8 @@ def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants:
 
 
 def code_key(kernel: Any, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A key of a Triton kernel's machine code, as far as this follows from numbers and dtypes: constants, options, dtypes,
-    and whether each integer is 1 or a multiple of `ALIGNED`.
+    """A key of a Triton kernel's machine code, as far as this follows from numbers and dtypes: constants, options,
+    dtypes, and whether each integer is 1 or a multiple of `ALIGNED`.
     """
     free = {each.name for each in kernel.params if each.do_not_specialize}
     named = zip(kernel.arg_names, arguments, strict=False)
@@ -109,7 +109,7 @@ def code_key(kernel: Any, arguments: tuple[Any, ...], constants: Mapping[str, An
 
 
 def needed_code(call: Callable[[], Any], mode: TorchDispatchMode) -> frozenset[object]:
-    """Keys of the machine code that a call of ops would launch, without launching it; empty if the call fails in this mode.
+    """Keys of the machine code that a call of ops would launch, without launching it; empty if the call fails.
 
     Args:
         call: a call on tensors without data.
@@ -134,8 +134,8 @@ def _collected() -> Iterator[dict[object, _Needed]]:
 
 
 def compile_ahead(calls: Iterable[Callable[[], Any]]) -> None:
-    """Compiles and loads the kernels that calls of ops would launch, several at a time, and launches none. A kernel that
-    can't be compiled fails when it is launched.
+    """Compiles and loads the kernels that calls of ops would launch, several at a time, and launches none. A kernel
+    that can't be compiled fails when it is launched.
 
     Args:
         calls: calls on tensors with any content.
@@ -193,9 +193,9 @@ def replayed(run: Callable[..., Any]) -> Callable[..., Any]:
     """An op's function with replays: it repeats the launches that it made before for similar arguments.
 
     Args:
-        run: launches kernels only by `run_kernel`, and yields new tensors, one or a tuple. Its launches must follow from
-            its arguments, and from shapes, strides, dtypes, devices and alignment of tensors. The first argument is a
-            tensor; a workspace argument is always the same one, held by the caller.
+        run: launches kernels only by `run_kernel`, and yields new tensors, one or a tuple. Its launches must follow
+            from its arguments, and from shapes, strides, dtypes, devices and alignment of tensors. The first argument
+            is a tensor; a workspace argument is always the same one, held by the caller.
 
     Returns:
         A function of the same arguments and results.

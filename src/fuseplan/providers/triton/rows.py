@@ -45,9 +45,10 @@ def quotient(
     y, scale, DTYPE: tl.constexpr, OVERFLOWS: tl.constexpr, UNDERFLOWS: tl.constexpr, NVIDIA: tl.constexpr,
     SHORT: tl.constexpr = True,
 ):  # fmt: skip
-    """y / scale to the nearest float32, for a y that DTYPE holds exactly, if the quotient is at least 2^-18. Below that,
-    only its sign and that it is below are exact. Only if it OVERFLOWS may the quotient be 2^20 or more, and the result is
-    then any such number; only if the scale UNDERFLOWS may the scale be below 2^-85. SHORT takes fewer instructions.
+    """y / scale to the nearest float32, for a y that DTYPE holds exactly, if the quotient is at least 2^-18. Below
+    that, only its sign and that it is below are exact. Only if it OVERFLOWS may the quotient be 2^20 or more, and the
+    result is then any such number; only if the scale UNDERFLOWS may the scale be below 2^-85. SHORT takes fewer
+    instructions.
     """
     if not NVIDIA or tl.float32 == DTYPE:
         return tl.div_rn(y, scale)
@@ -101,9 +102,9 @@ def quantized(
     DTYPE: tl.constexpr, OVERFLOWS: tl.constexpr, UNDERFLOWS: tl.constexpr, NVIDIA: tl.constexpr,
     SHORT: tl.constexpr = True,
 ):  # fmt: skip
-    """clamp(y / scale, -MOST, MOST) as `dtype`, for y in DTYPE or rounded to it in float32, with the quotient rounded to
-    DTYPE or not; NaN stays NaN. Unless it OVERFLOWS, the quotient is at most MOST, except for its rounding; unless it
-    UNDERFLOWS, the scale is at least 2^-85.
+    """clamp(y / scale, -MOST, MOST) as `dtype`, for y in DTYPE or rounded to it in float32, with the quotient rounded
+    to DTYPE or not; NaN stays NaN. Unless it OVERFLOWS, the quotient is at most MOST, except for its rounding; unless
+    it UNDERFLOWS, the scale is at least 2^-85.
     """
     y = widened(y, NVIDIA)
     if MULTIPLIES:
@@ -168,9 +169,9 @@ def largest_bits(y, NVIDIA: tl.constexpr):
 def scaled_by_exponents(
     y, MOST: tl.constexpr, TOP: tl.constexpr, HALF: tl.constexpr, SCALING: tl.constexpr, NVIDIA: tl.constexpr
 ):
-    """Groups [ROWS, groups, GROUP], each scaled by a power of two from its largest element, clamped or not, and the biased
-    exponents, 255 for NaN. The largest code is MOST, with exponent TOP; HALF is half a unit in a code's last place, in
-    units of float32's last place.
+    """Groups [ROWS, groups, GROUP], each scaled by a power of two from its largest element, clamped or not, and the
+    biased exponents, 255 for NaN. The largest code is MOST, with exponent TOP; HALF is half a unit in a code's last
+    place, in units of float32's last place.
     """
     bits = largest_bits(y, NVIDIA)
     y = widened(y, NVIDIA)
@@ -201,8 +202,8 @@ def scaled_by_exponents(
 
 @triton.jit
 def _store_tiles(each, ptr, row, first, valid, rows, WIDTH: tl.constexpr, GROUP: tl.constexpr):
-    """Stores bytes in tiles of 128 rows and 4 groups (`ScaleLayout.SWIZZLED`), for `rows` rows in all, and zeros for groups
-    and rows of padding: row r writes the padding rows at rows + r, 2 * rows + r and so on.
+    """Stores bytes in tiles of 128 rows and 4 groups (`ScaleLayout.SWIZZLED`), for `rows` rows in all, and zeros for
+    groups and rows of padding: row r writes the padding rows at rows + r, 2 * rows + r and so on.
     """
     GROUPS: tl.constexpr = WIDTH // GROUP
     TILES: tl.constexpr = (GROUPS + 3) // 4
@@ -224,8 +225,8 @@ def _store_tiles(each, ptr, row, first, valid, rows, WIDTH: tl.constexpr, GROUP:
 def store_bytes(
     each, ptr, row, first, valid, rows, first_row, WIDTH: tl.constexpr, GROUP: tl.constexpr, SWIZZLES: tl.constexpr,
 ):  # fmt: skip
-    """Stores a byte, given as an integer, for each group of rows [ROWS, COLUMNS] from column `first` on; if it SWIZZLES, in
-    tiles, `first_row` rows further on.
+    """Stores a byte, given as an integer, for each group of rows [ROWS, COLUMNS] from column `first` on; if it
+    SWIZZLES, in tiles, `first_row` rows further on.
     """
     if SWIZZLES:
         _store_tiles(each, ptr, row + first_row, first, valid, rows, WIDTH, GROUP)
@@ -261,8 +262,8 @@ def e2m1_of(x):
 
 @triton.jit
 def store_pairs(codes, y_ptr, row, first, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Stores codes of rows [ROWS, groups, GROUP], BLOCK of them a row from column `first` on, two a byte, with the first in
-    the low half.
+    """Stores codes of rows [ROWS, groups, GROUP], BLOCK of them a row from column `first` on, two a byte, with the
+    first in the low half.
     """
     HALF: tl.constexpr = WIDTH // 2
     pairs = tl.reshape(codes, [codes.shape[0], BLOCK // 2, 2])
@@ -276,8 +277,8 @@ def store_pairs(codes, y_ptr, row, first, valid, WIDTH: tl.constexpr, BLOCK: tl.
 def in_groups(
     y, row, first, valid, DTYPE: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """Rows [ROWS, COLUMNS] from column `first` on, in DTYPE, as [ROWS, groups, GROUP] with zeros outside, and for storing
-    them, both [ROWS, COLUMNS], offsets in elements and a mask of the elements that exist.
+    """Rows [ROWS, COLUMNS] from column `first` on, in DTYPE, as [ROWS, groups, GROUP] with zeros outside, and for
+    storing them, both [ROWS, COLUMNS], offsets in elements and a mask of the elements that exist.
     """
     column = first + tl.arange(0, y.shape[1])
     out = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
@@ -291,9 +292,9 @@ def dynamic_scale(
     y, min_scale, max_scale, upper_ptr, MOST: tl.constexpr, ROUNDS: tl.constexpr, IS_BOUNDED: tl.constexpr,
     OVERFLOWS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """clamp(amax(|y|) / MOST, min_scale, max_scale) over the last dimension of y, in float32, NaN where y has NaN; with the
-    quotient rounded to y's dtype or not, and amax bounded by the value at a pointer or not. Unless it OVERFLOWS, there is
-    no max_scale.
+    """clamp(amax(|y|) / MOST, min_scale, max_scale) over the last dimension of y, in float32, NaN where y has NaN; with
+    the quotient rounded to y's dtype or not, and amax bounded by the value at a pointer or not. Unless it OVERFLOWS,
+    there is no max_scale.
     """
     largest = largest_bits(y, NVIDIA).to(tl.float32, bitcast=True)
     if IS_BOUNDED:
@@ -320,7 +321,8 @@ def dynamic_scale(
 def reciprocal_root(x, NVIDIA: tl.constexpr):
     """1 / sqrt(x), off by at most a unit in the last place of float32."""
     if NVIDIA:
-        # The instruction is off by up to two units. One step of Newton's method corrects that, but makes NaN of 0 and infinity.
+        # The instruction is off by up to two units. One step of Newton's method corrects that, but makes NaN of 0 and
+        # infinity.
         first = tl.inline_asm_elementwise("rsqrt.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
         nearest = tl.fma(tl.fma(x * first, first * -1.0, 1.0), first * 0.5, first)
         root = tl.where(nearest == nearest, nearest, first)
@@ -334,8 +336,8 @@ def normalized(
     total, weight, eps, DTYPE: tl.constexpr, WIDTH: tl.constexpr, ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """total * rsqrt(mean(total^2) + eps) * weight of rows [ROWS, BLOCK], float32, 0 beyond WIDTH; in DTYPE if the norm is
-    also rounded before the weight.
+    """total * rsqrt(mean(total^2) + eps) * weight of rows [ROWS, BLOCK], float32, 0 beyond WIDTH; in DTYPE if the norm
+    is also rounded before the weight.
     """
     mean = tl.sum(total * total, axis=1) / WIDTH
     y = total * reciprocal_root(mean + eps, NVIDIA)[:, None]

@@ -1,10 +1,10 @@
 """Linear layers of a few rows in fp8 with row-wise scales, as in decoding: y_i = x @ w_i^T * s * s_i + b_i, for up to
 three weights in one kernel.
 
-As in `linear`, a program reads a tile of one weight's rows and multiplies it by all rows of x, and all layers' tiles are
-in one grid. The weight is the left operand; Hopper's tensor cores take at least 64 rows of it at once in fp8. Where that
-leaves processors without a tile, several programs share the width of one, and a second, small kernel sums their parts in
-a fixed order. Scales are applied to the sums.
+As in `linear`, a program reads a tile of one weight's rows and multiplies it by all rows of x, and all layers' tiles
+are in one grid. The weight is the left operand; Hopper's tensor cores take at least 64 rows of it at once in fp8. Where
+that leaves processors without a tile, several programs share the width of one, and a second, small kernel sums their
+parts in a fixed order. Scales are applied to the sums.
 
 The equivalent eager code is `fuseplan.rules.parts.scaled_linear.scaled_linears_reference`.
 """
@@ -44,9 +44,9 @@ def _scaled_linears(
     FEATURES: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, BIASED: tl.constexpr, IMPRECISE: tl.constexpr,
     EACH: tl.constexpr, FILLS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """FEATURES of one layer for all rows. Each of SPLITS programs takes a part of the width and stores its sums in float32.
-    IMPRECISE: the number of products that tensor cores may accumulate before float32 does; 0: any. EACH: every feature
-    has a scale; otherwise there is one a layer. FILLS: there are more programs than processors.
+    """FEATURES of one layer for all rows. Each of SPLITS programs takes a part of the width and stores its sums in
+    float32. IMPRECISE: the number of products that tensor cores may accumulate before float32 does; 0: any. EACH: every
+    feature has a scale; otherwise there is one a layer. FILLS: there are more programs than processors.
     """
     tile, part = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     SECOND: tl.constexpr = (N0 + FEATURES - 1) // FEATURES

@@ -37,8 +37,8 @@ OLDEST, BEYOND = "0.22", "0.34"
 """The releases whose sources were read for the rounding of kernels: from the first to before the second."""
 
 ROUNDS_FIRST: Final = ("0.23", "0.24")
-"""The releases among them, from the first to before the second, whose norms with a given scale round before they multiply
-by the weight.
+"""The releases among them, from the first to before the second, whose norms with a given scale round before they
+multiply by the weight.
 """
 
 COUNTED = 2**31 - 1

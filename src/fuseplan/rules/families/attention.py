@@ -88,8 +88,8 @@ class AttentionShape(Shape):
 
     Attributes:
         sizes: sizes of the attention and of the copies before it.
-        kernels: the kernel that runs it, by vendor: the graph's own, or torch's choice on a device that the graph wasn't
-            traced on.
+        kernels: the kernel that runs it, by vendor: the graph's own, or torch's choice on a device that the graph
+            wasn't traced on.
     """
 
     sizes: AttentionRegion
@@ -174,8 +174,8 @@ class AttentionSite(Site):
         )
 
     def taken(self, nodes: Collection[fx.Node]) -> Taken | None:
-        """The parts that a fusion takes if it consumes `nodes`; None if they include more than the site and the rotation
-        and cache writes before it.
+        """The parts that a fusion takes if it consumes `nodes`; None if they include more than the site and the
+        rotation and cache writes before it.
         """
         others = {*nodes} - {*self.parts}
         if self.core not in nodes:

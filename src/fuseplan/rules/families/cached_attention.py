@@ -35,9 +35,9 @@ def _attending(attend: DialectOp, samples: Sequence[Sample]) -> DialectOp:
     """Defines the fused op that writes the caches and attends to them.
 
     q, k_cache, v_cache = rope_cache(q, k, v, ...);  y = attend(q, k_cache, v_cache, ...), each as its own reference
-    computes it. It takes the arguments of `rope_cache`, then those of `attend` from the mask on; the caches are the keys
-    and values. It yields (y, k_cache, v_cache): y as `attend` yields it for contiguous queries, and the updated caches.
-    It raises the errors of both.
+    computes it. It takes the arguments of `rope_cache`, then those of `attend` from the mask on; the caches are the
+    keys and values. It yields (y, k_cache, v_cache): y as `attend` yields it for contiguous queries, and the updated
+    caches. It raises the errors of both.
 
     Args:
         attend: `attention`, with at least as many heads of queries as of keys, or `eager_attention`.

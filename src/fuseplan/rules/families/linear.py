@@ -137,8 +137,8 @@ HALVED = define(
 
 
 DEFAULT_ON = DefaultOn(most_tokens=32, devices=("gh200", "h100", "h200"))
-"""Measured on an H200, `benchmarks/results/decode_one_gpu_h200.json`; the other devices have the same chip, and none of 920
-random models gave different numbers.
+"""Measured on an H200, `benchmarks/results/decode_one_gpu_h200.json`; the other devices have the same chip, and none of
+920 random models gave different numbers.
 """
 
 
@@ -300,8 +300,8 @@ class LinearSite(Site):
         )  # fmt: skip
 
     def taken(self, nodes: Collection[fx.Node]) -> Taken | None:
-        """The parts that a fusion takes if it consumes `nodes`; None if they include more than the site and the residual
-        add and norm behind a single layer.
+        """The parts that a fusion takes if it consumes `nodes`; None if they include more than the site and the
+        residual add and norm behind a single layer.
         """
         nodes = [node for node in nodes if not is_dialect(node, HALVES)]
         norms = [node for node in nodes if is_dialect(node, fused_add_rms_norm)]

@@ -1,7 +1,7 @@
 """Fusions around RMSNorm.
 
-[all_reduce_] [fused_add_] rms_norm [_ and the suffix of one of its epilogues] [_and_norm where the unquantised result is
-yielded as well], and `add_rms_norm` for a residual add alone
+[all_reduce_] [fused_add_] rms_norm [_ and the suffix of one of its epilogues] [_and_norm where the unquantised result
+is yielded as well], and `add_rms_norm` for a residual add alone
 """
 
 from fuseplan.graph.facts import dtype_text

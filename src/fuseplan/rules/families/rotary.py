@@ -18,8 +18,8 @@ def normed(op: DialectOp, name: str, samples: Sequence[tuple[Sample, Rounding]])
     """The fused op of an op that rotates q and k, and of the norms before it: op(rms_norm(q), rms_norm(k), ...).
 
     It takes the arguments of `op`, with q_weight and k_weight [head_dim] before cos. Before rotary_rounding, which `op`
-    may call `rounding`, come eps, added to the mean squares, and `rounding`, one of `Rounding`, for both norms. It yields
-    the results of `op`, and also raises ValueError where `rounding` isn't one of `Rounding`.
+    may call `rounding`, come eps, added to the mean squares, and `rounding`, one of `Rounding`, for both norms. It
+    yields the results of `op`, and also raises ValueError where `rounding` isn't one of `Rounding`.
 
     Args:
         op: the op that rotates; it may also write caches and attend.
@@ -27,9 +27,9 @@ def normed(op: DialectOp, name: str, samples: Sequence[tuple[Sample, Rounding]])
         samples: samples of `op`, each with the rounding of the norms before it.
     """
     parameters = op.parameters
-    angles, roundings = parameters.index("Tensor cos"), next(i for i, each in enumerate(parameters) if each[:4] == "str ")
+    angles, place = parameters.index("Tensor cos"), next(i for i, each in enumerate(parameters) if each[:4] == "str ")
     weights = ["Tensor q_weight", "Tensor k_weight"]
-    norms = [*parameters[:angles], *weights, *parameters[angles:roundings], "float eps", "str rounding"]
+    norms = [*parameters[:angles], *weights, *parameters[angles:place], "float eps", "str rounding"]
     last = len(norms)
 
     def run(kind: str, arguments: Sequence[Any]) -> Any:
@@ -50,14 +50,14 @@ def normed(op: DialectOp, name: str, samples: Sequence[tuple[Sample, Rounding]])
             q, eps = arguments[0], 1e-6
             noise = [random_tensor(q.shape[-1:], torch.float32, device, generator) for _ in weights]
             drawn = [(1 + 0.1 * each).to(q.dtype) for each in noise]
-            return *arguments[:angles], *drawn, *arguments[angles:roundings], eps, rounding.value, *arguments[roundings:]
+            return *arguments[:angles], *drawn, *arguments[angles:place], eps, rounding.value, *arguments[place:]
 
         return Sample(name=f"{plain.name}-{rounding}", make=make)
 
     reference.__doc__ = f"{op.name} of rms_norm(q, q_weight) and rms_norm(k, k_weight), each as its own reference does."
     return define(
         name,
-        f"({', '.join([*norms, 'str rotary_rounding', *parameters[roundings + 1 :]])}) -> {op.schema.split(' -> ')[1]}",
+        f"({', '.join([*norms, 'str rotary_rounding', *parameters[place + 1 :]])}) -> {op.schema.split(' -> ')[1]}",
         reference=reference,
         fake=fake,
         samples=[sample(*each) for each in samples],
@@ -69,7 +69,7 @@ def normed(op: DialectOp, name: str, samples: Sequence[tuple[Sample, Rounding]])
 
 
 def by_norms(samples: Sequence[Sample]) -> list[tuple[Sample, Rounding]]:
-    """Samples with roundings of the norms before them: one rounding for all samples, and the others for the first."""
+    """Samples with place of the norms before them: one rounding for all samples, and the others for the first."""
     further = [(samples[0], each) for each in (Rounding.GPT_OSS, Rounding.GEMMA)]
     return [*((each, Rounding.LLAMA) for each in samples), *further]
 

@@ -1,4 +1,4 @@
-"""Linear layers of few rows in fp8 with row-wise scales in one kernel: several that read one input, and a single one."""
+"""Linear layers of few rows in fp8 with row-wise scales in one kernel: several that read one input, or a single one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Sites: the places of a graph that fusions contend for, and their surroundings, for the cost model.
 
-A site is a core, e.g. one `fused_add_rms_norm`, with the all-reduce before it and the epilogues after it. The parts of a
-site that a fusion doesn't take run unfused, so that a price always covers the whole site.
+A site is a core, e.g. one `fused_add_rms_norm`, with the all-reduce before it and the epilogues after it. The parts of
+a site that a fusion doesn't take run unfused, so that a price always covers the whole site.
 """
 
 import operator
@@ -136,8 +136,8 @@ class Shape:
         return kernels if model.timing(provider).eager else tuple(replace(each, launch=0) for each in kernels)
 
     def rest(self, model: Pricer, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
-        """The unfused rest of the site behind a fused op: the all-reduce and other epilogues, each in a separate kernel,
-        and the work of the op's own epilogue that Inductor would have done in its kernels.
+        """The unfused rest of the site behind a fused op: the all-reduce and other epilogues, each in a separate
+        kernel, and the work of the op's own epilogue that Inductor would have done in its kernels.
         """
         left, behind = list(self.tails), tuple[Kernel, ...]()
         if tail is not None:

@@ -84,8 +84,8 @@ ELEMENTWISE_VIEWS = (
 )
 """Ops that only select and rearrange elements: view(all_reduce(x)) == all_reduce(view(x)), bit for bit.
 
-Casts aren't among them: a sum of rounded values is not the rounded sum. (Casts would be exact for max and min, and for a
-single rank, but those aren't raised.)
+Casts aren't among them: a sum of rounded values is not the rounded sum. (Casts would be exact for max and min, and for
+a single rank, but those aren't raised.)
 """
 
 

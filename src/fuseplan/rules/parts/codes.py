@@ -22,8 +22,8 @@ class Codes(Tail):
     """A quantisation at a site.
 
     Attributes:
-        restored: whether the graph casts the codes back to numbers, as in simulated quantisation: Inductor fuses the cast
-            into the kernel of core and epilogue; behind a fused op it is a separate kernel.
+        restored: whether the graph casts the codes back to numbers, as in simulated quantisation: Inductor fuses the
+            cast into the kernel of core and epilogue; behind a fused op it is a separate kernel.
         opaque: whether it is an engine's op, which Inductor fuses with nothing.
     """
 

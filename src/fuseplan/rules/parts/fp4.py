@@ -5,8 +5,8 @@
            ((size >> 22) & 1)) >> 22;  | 8 where x is negative
     byte = code[0::2] | code[1::2] << 4
 
-This rounds to nearest, ties to even. There is no code for NaN, which becomes 2, 3 or 4, depending on its bits. In graphs,
-torchao's `f32_to_f4_unpacked` and `pack_uint4` do the same, in the same integer ops.
+This rounds to nearest, ties to even. There is no code for NaN, which becomes 2, 3 or 4, depending on its bits. In
+graphs, torchao's `f32_to_f4_unpacked` and `pack_uint4` do the same, in the same integer ops.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from fuseplan.rules.parts.patterns import F32, U8, Pattern, all_fit, bits_of
 MOST = 6.0
 _SIGN, _DIGITS, _SIGN_OF_CODE = 0x80000000, 22, 8
 _LIFT = -(126 << 23) + (1 << 21) - 1
-"""Rebases a float32 exponent to that of a code, and adds half a unit of the code, less one float32 unit, for rounding."""
+"""Turns a float32 exponent into a code's, and adds half a unit of the code, less one of float32, for rounding."""
 _SMALLEST = 2.0**22
 """Added to a number below 1, so that the sum's last bits count halves."""
 _SMALLEST_BITS = 149 << 23

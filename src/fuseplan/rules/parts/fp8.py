@@ -64,7 +64,7 @@ def scale_of(
     wide: Tensor, own: torch.dtype, dtype: torch.dtype, min_scale: float, max_scale: float, scale_ub: Tensor | None,
     rounding: QuantRounding,
 ) -> Tensor:  # fmt: skip
-    """clamp(min(amax(|x|, -1), scale_ub) / fp8_max, min_scale, max_scale), with the quotient rounded to x's dtype or not.
+    """clamp(min(amax(|x|, -1), scale_ub) / fp8_max, min_scale, max_scale); the quotient may be rounded to x's dtype.
 
     Args:
         wide: [..., size], x in the dtype of arithmetic.
@@ -321,7 +321,7 @@ def uncast(node: object) -> object:
 
 
 def number_of(node: object) -> float | None:
-    """A number, given as it is or as a tensor filled with it; rounded to the tensor's dtype if that has low precision."""
+    """A number, given as it is or as a tensor filled with it; rounded if the tensor's dtype has low precision."""
     if isinstance(node, (int, float)):
         return node
     number, dtype = fill_of(node), dtype_of(node)

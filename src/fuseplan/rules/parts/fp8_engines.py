@@ -1,8 +1,8 @@
 """Shared by quantisations to fp8 that are vLLM ops in graphs: see `fuseplan.graph.canonical.engines`.
 
 Their rounding is read off vLLM 0.22 to 0.33, `csrc/quantization/w8a8/fp8/common.cu` and `per_token_group_quant.cu`.
-Nothing is promised for rows with NaN: these kernels ignore NaN in the largest element and turn it into the largest code.
-All of these ops are opaque to Inductor, so each is a separate kernel.
+Nothing is promised for rows with NaN: these kernels ignore NaN in the largest element and turn it into the largest
+code. All of these ops are opaque to Inductor, so each is a separate kernel.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -3,8 +3,8 @@
     scale = max(power(clamp(min(amax(|x|), scale_ub) / fp8_max, min_scale, max_scale)), min_power) or zero_scale
 
 `power` rounds up to a power of two, or is absent, and amax(|x|) may be the larger of -amin(x) and amax(x). Between the
-steps values may be reshaped, as long as the order of the elements stays, and cast where a cast changes no value: |x| and
-amax are in float32 or in the dtype of x, and in the latter case bounds before the division are rounded to it. The
+steps values may be reshaped, as long as the order of the elements stays, and cast where a cast changes no value: |x|
+and amax are in float32 or in the dtype of x, and in the latter case bounds before the division are rounded to it. The
 division is in float32, as in the ops, or in the dtype of x, which rounds the quotient.
 """
 

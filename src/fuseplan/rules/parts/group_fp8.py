@@ -163,9 +163,9 @@ VLLM_LEAST = 1e-10
 
 
 def _read_groups(canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any]) -> None:
-    """`_C::per_token_group_fp8_quant(input, output_q!, output_s!, group_size, eps, fp8_min, fp8_max, scale_ue8m0)`, where
-    the strides of `output_s` tell the layout of scales, and `_packed(input, output_q!, output_s_packed!, group_size,
-    eps, fp8_min, fp8_max)`, with powers of two as scales.
+    """`_C::per_token_group_fp8_quant(input, output_q!, output_s!, group_size, eps, fp8_min, fp8_max, scale_ue8m0)`,
+    where the strides of `output_s` tell the layout of scales, and `_packed(input, output_q!, output_s_packed!,
+    group_size, eps, fp8_min, fp8_max)`, with powers of two as scales.
 
     scale = max(amax(|x|), eps) / fp8_max, of each group; q = x / scale
     """

@@ -22,7 +22,7 @@ MOST_TOGETHER = len(NAMES)
 LEAST_ROWS = 16
 """Rows that a tensor core multiplies at once."""
 MOST_SHARED_FEATURES = 4224
-"""The most features of layers whose width is split among programs: tiles of 64 for half of a device's 132 processors."""
+"""The most features of layers whose width is split: tiles of 64 for half of a device's 132 processors."""
 
 
 def parameters_of(count: int) -> str:
@@ -154,8 +154,8 @@ class _Layer:
         bias: [features], an input of the graph, or None.
         product: the product.
         source: the operand of the reshape that yields `rows`; without one, `rows`.
-        result: the reshape of the product back to the source's dimensions; None: there is none, or the product has other
-            readers.
+        result: the reshape of the product back to the source's dimensions; None: there is none, or the product has
+            other readers.
     """
 
     rows: fx.Node

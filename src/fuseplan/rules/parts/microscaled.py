@@ -288,7 +288,7 @@ MOST_STEPS = 12
 
 
 def format_of(exponents: fx.Node, tops: dict[int, str], largest: dict[float, str]) -> str | None:
-    """The format identified by the constant that is subtracted from an exponent, or that divides the largest element."""
+    """The format identified by the constant subtracted from an exponent, or by the divisor of the largest element."""
     value: object = exponents.args[0]
     for _ in range(MOST_STEPS):
         if not isinstance(value, fx.Node) or not value.args:

@@ -43,7 +43,7 @@ E2M1 = Format(most=MOST, digits=1)
 
 
 def reference(x: Tensor, group_size: int, scaling: str, layout: str) -> tuple[Tensor, Tensor]:
-    """exponent = biased exponent of a power of two, from each group's largest element;  q = e2m1(x / 2^exponent), packed
+    """exponent = biased power of two from each group's largest element;  q = e2m1(x / 2^exponent), packed
 
     Args:
         x: [..., hidden].
@@ -121,7 +121,7 @@ def raise_mx(canonical: CanonicalGraph) -> None:
 
 TOPS = {2: "MXFP6 (e2m3), or e2m1 that is converted in another way"}
 LARGEST = {MOST: "e2m1 that is converted in another way"}
-"""MXFP4 and similar formats, by the number that they subtract from the largest element's exponent, and by its divisor."""
+"""MXFP4 and similar formats, by the number subtracted from the largest element's exponent, and by its divisor."""
 
 
 class MxFp4(Fp4Codes):

@@ -51,7 +51,7 @@ FORMATS = {
 
 
 def reference(x: Tensor, group_size: int, dtype: torch.dtype, scaling: str, layout: str) -> tuple[Tensor, Tensor]:
-    """exponent = biased exponent of a power of two, from each group's largest element;  q = clamp(x / 2^exponent).to(fp8)
+    """exponent = biased power of two from each group's largest element;  q = clamp(x / 2^exponent).to(fp8)
 
     Args:
         x: [..., hidden].
@@ -61,8 +61,8 @@ def reference(x: Tensor, group_size: int, dtype: torch.dtype, scaling: str, layo
         layout: layout of the exponents, `ScaleLayout.ROWS` or `ScaleLayout.SWIZZLED`.
 
     Returns:
-        (q, exponent): [..., hidden] in `dtype`, and [..., hidden / group_size] in uint8, in the shape that `layout` gives
-        it; 127 stands for a scale of 1. Both are contiguous. A group with NaN has the exponent 255.
+        (q, exponent): [..., hidden] in `dtype`, and [..., hidden / group_size] in uint8, in the shape that `layout`
+        gives it; 127 stands for a scale of 1. Both are contiguous. A group with NaN has the exponent 255.
 
     Raises:
         ValueError: `scaling` isn't one of `MxScaling`, or `layout` isn't supported.
@@ -145,8 +145,8 @@ def _unclamped(cast: Call) -> tuple[fx.Node, bool]:
 def _beyond(cast: Call) -> Unraised:
     """The error for a missing clamp. Scaled values may be infinite or, by `floor`, up to 65536."""
     detail = (
-        "the value cast isn't clamped: beyond the range of float8_e5m2, torch yields infinity, and its kernels for GPUs "
-        "the largest code"
+        "the value cast isn't clamped: beyond the range of float8_e5m2, torch yields infinity, and its GPU kernels the "
+        "largest code"
     )
     return Unraised(Reason.ROUNDING, detail, cast, "clamp it to +-57344")
 

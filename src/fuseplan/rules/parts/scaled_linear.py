@@ -3,8 +3,8 @@
 y = _scaled_mm(codes, permute(weight), scale, view(weight_scale), bias, None, bfloat16, use_fast_accum)
 _C.cutlass_scaled_mm(y, codes, weight, scale, weight_scale, bias)
 
-The second is vLLM's: its weights [width, features] are stored feature by feature, with a scale a feature or one for all.
-Its kernels for Hopper let tensor cores accumulate without float32's help (0.22 to 0.33,
+The second is vLLM's: its weights [width, features] are stored feature by feature, with a scale a feature or one for
+all. Its kernels for Hopper let tensor cores accumulate without float32's help (0.22 to 0.33,
 `csrc/quantization/w8a8/cutlass/c3x/scaled_mm_sm90_fp8_dispatch.cuh`).
 """
 
@@ -263,10 +263,10 @@ def _read_engines(canonical: CanonicalGraph, node: Call, given: Mapping[str, Any
     count = 1 if equal_size(own.numel(), 1) else features
     if not equal_size(own.numel(), count):
         return None
-    turned = canonical.insert_before(node, aten.permute.default, (weight, [1, 0]), held.t())
+    transposed = canonical.insert_before(node, aten.permute.default, (weight, [1, 0]), held.t())
     row = canonical.insert_before(node, aten.reshape.default, (weight_scale, [1, count]), own.reshape(1, count))
     return _Layer(
-        product=result, rows=rows, scale=scale, weight=turned, weight_scale=row, bias=bias, use_fast_accum=True
+        product=result, rows=rows, scale=scale, weight=transposed, weight_scale=row, bias=bias, use_fast_accum=True
     )
 
 

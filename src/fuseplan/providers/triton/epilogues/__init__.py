@@ -1,7 +1,7 @@
 """Epilogues of rows before they are stored, a file each.
 
-A file has the device function and an `Epilogue`, which it binds to `EPILOGUE`. It is named after the suffix of its fused
-ops, or `none` for ops without a suffix. No other file names an epilogue.
+A file has the device function and an `Epilogue`, which it binds to `EPILOGUE`. It is named after the suffix of its
+fused ops, or `none` for ops without a suffix. No other file names an epilogue.
 """
 
 import importlib
@@ -133,8 +133,8 @@ class GroupBytes(Epilogue):
 
 
 def code_constants(dtype: torch.dtype, quant_rounding: str) -> tuple[float, bool, bool, bool]:
-    """(the largest code, whether a scale is applied by its reciprocal, whether the quotient is rounded to the dtype of the
-    rows, all for `rows.quantized`; whether the scale is rounded to it)
+    """(the largest code, whether a scale is applied by its reciprocal, whether the quotient is rounded to the dtype of
+    the rows, all for `rows.quantized`; whether the scale is rounded to it)
     """
     how = QuantRounding(quant_rounding)
     return torch.finfo(dtype).max, how.multiplies, how.rounds_scaled, how.rounds_scale
@@ -172,8 +172,8 @@ def bytes_for(x: Tensor, size: int) -> Tensor:
 
 
 def scale_bounds(m: Any, scales: Tensor) -> tuple[Any, ...]:
-    """(the least scale, the largest scale, the replacement for 0, a pointer to the upper bound of amax) of an epilogue m
-    with scales.
+    """(the least scale, the largest scale, the replacement for 0, a pointer to the upper bound of amax) of an epilogue
+    m with scales.
     """
     return m.min_scale or -math.inf, m.max_scale or math.inf, m.zero_scale, scales if m.scale_ub is None else m.scale_ub
 

@@ -33,8 +33,8 @@ def store_by_scales_of_groups(
     UNDERFLOWS: tl.constexpr = CONSTANTS[9]
     GROUPS: tl.constexpr = WIDTH // GROUP
     y, out, inside = in_groups(y, row, first, valid, DTYPE, WIDTH, GROUP, NVIDIA)
-    # Where several programs share a row, memory is the limit. Shorter code, with more programs at once, was slower there:
-    # 575 us instead of 537 for 32,768 rows of 14,336 elements on an H200.
+    # Where several programs share a row, memory is the limit. Shorter code, with more programs at once, was slower
+    # there: 575 us instead of 537 for 32,768 rows of 14,336 elements on an H200.
     SHORT: tl.constexpr = NVIDIA and out.shape[1] >= WIDTH
     scale = dynamic_scale(y, min_scale, max_scale, upper_ptr, MOST, ROUNDS, IS_BOUNDED, OVERFLOWS, SHORT)
     if UE8M0:
@@ -65,7 +65,7 @@ def store_by_scales_of_groups(
 def power_of_two_from(x):
     """2^ceil(log2(x)) of positive x, float32; 0, infinity and NaN stay."""
     bits = x.to(tl.int32, bitcast=True)
-    # Below 2^-126 a number's bits are the number, in units of 2^-149: the power is all bits below x's highest, plus one.
+    # Below 2^-126 a number's bits are the number, in units of 2^-149: the power is all bits below the highest, plus 1.
     below = bits - 1
     for shift in tl.static_range(5):
         below |= below >> (1 << shift)

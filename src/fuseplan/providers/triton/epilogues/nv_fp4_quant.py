@@ -1,5 +1,4 @@
-"""NVFP4: e2m1, two codes a byte, with a scale in fp8 for each group of elements of a row, and optionally a global scale.
-"""
+"""NVFP4: e2m1, two codes a byte, with an fp8 scale for each group of elements of a row, and maybe a global scale."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar

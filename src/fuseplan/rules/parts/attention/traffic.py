@@ -2,11 +2,11 @@
 
     kernel = latency + key * keys + max(bytes / bandwidth, operations / rate)
 
-`latency` is the kernel's time with next to nothing to read, including its launch. A kernel that doesn't split the keys of
-a query among programs walks along them, which takes `key` for each; the model adds that, though part of it overlaps with
-memory. fuseplan's own kernel splits the keys for any query, and has its own latency. Repeated heads are read as often as
-they are repeated; before that, Inductor writes them, in one kernel for the keys and one for the values. Attention that is
-spelled out is two matrix products, with scores written and read between them.
+`latency` is the kernel's time with next to nothing to read, including its launch. A kernel that doesn't split the keys
+of a query among programs walks along them, which takes `key` for each; the model adds that, though part of it overlaps
+with memory. fuseplan's own kernel splits the keys for any query, and has its own latency. Repeated heads are read as
+often as they are repeated; before that, Inductor writes them, in one kernel for the keys and one for the values.
+Attention that is spelled out is two matrix products, with scores written and read between them.
 """
 
 import math

@@ -18,7 +18,7 @@ def rope_cache_reference(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor, positions: Tensor,
     rotary_rounding: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """q_out, k = rotary_embedding(q, k, cos, sin);  cache[:, :, positions] = k, and the same of v, on copies of the caches
+    """q_out, k = rotary_embedding(q, k, cos, sin);  cache[:, :, positions] = k, and v, on copies of the caches
 
     Args:
         q: [batch, q_heads, tokens, head_dim].

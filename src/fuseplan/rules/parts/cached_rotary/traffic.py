@@ -1,7 +1,7 @@
 """Traffic of rotary embedding and writes into a cache: bytes, and the kernels that Inductor makes of them.
 
-Without a fusion there are three kernels: one rotates the queries, one rotates the keys and writes them into their cache,
-and one writes the values into theirs.
+Without a fusion there are three kernels: one rotates the queries, one rotates the keys and writes them into their
+cache, and one writes the values into theirs.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Attention op by op, as a model writes it in plain PyTorch, optionally with a soft-cap of its scores and with sinks."""
+"""Attention op by op, as in a model's plain PyTorch, optionally with a soft-cap of its scores and with sinks."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +29,8 @@ def eager_attention_reference(
             share one.
         v: [batch, heads, keys, value_dim] in q's dtype.
         mask: added to the scores, in q's dtype, broadcasts to [batch, q_heads, queries, keys]; None: no mask.
-        sinks: [q_heads] in q's dtype: an additional logit for every query of a head, which takes weight and has no value;
-            None: no sinks.
+        sinks: [q_heads] in q's dtype: an additional logit for every query of a head, which takes weight and has no
+            value; None: no sinks.
         scale: multiplies the scores.
         softcap: bounds the scores; None: no bound.
         rounding: one of `AttentionRounding`.

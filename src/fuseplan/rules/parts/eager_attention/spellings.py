@@ -42,7 +42,7 @@ FAR = 16
 
 DTYPES = (*LOW_PRECISION, torch.float32)
 DIVS = (aten.div.Tensor, aten.div.Scalar)
-TURNED = [0, 1, 3, 2]
+TRANSPOSED = [0, 1, 3, 2]
 
 
 @dataclass
@@ -99,7 +99,7 @@ def _raise(
     assert scores.value is not None
     shape = _value(scores.value).shape
     weights = _read_weights(softmax, behind[0][1:], product, scores)
-    q, turned, v = (_four(*each, shape) for each in ((first, 0), (first, 1), (product, 1)))
+    q, transposed, v = (_four(*each, shape) for each in ((first, 0), (first, 1), (product, 1)))
     result = _result(product, [*shape[:3], _value(v).shape[3]])
     _check_readers([first, *scores.inside], softmax.inside, "the tensor of scores")
     _check_readers(
@@ -108,8 +108,8 @@ def _raise(
     region = [first, *scores.inside, *softmax.inside, *weights, product, result]
     if len({canonical.region[node] for node in region}) > 1:
         raise Unraised(Reason.MUTATION, "an in-place op stands between its products", product)
-    dtype = _dtype([q, turned, v, *(each for each in (scores.mask, scores.sinks) if each is not None)], softmax)
-    k, v = _unshared(canonical, _keys(canonical, turned, first), v)
+    dtype = _dtype([q, transposed, v, *(each for each in (scores.mask, scores.sinks) if each is not None)], softmax)
+    k, v = _unshared(canonical, _keys(canonical, transposed, first), v)
     rounding = AttentionRounding.FLOAT32 if dtype is torch.float32 else AttentionRounding.EAGER
     arguments = (q, k, v, scores.mask, scores.sinks, scores.scale, scores.softcap, rounding.value)
     canonical.raise_op(eager_attention, arguments, (result,))
@@ -314,17 +314,17 @@ def _four(product: fx.Node, place: int, shape: Sequence[Any]) -> fx.Node:
     return node
 
 
-def _keys(canonical: CanonicalGraph, turned: fx.Node, product: fx.Node) -> fx.Node:
+def _keys(canonical: CanonicalGraph, transposed: fx.Node, product: fx.Node) -> fx.Node:
     """The keys [batch, heads, keys, head_dim] before their last two dimensions were transposed."""
-    if is_call(turned, aten.permute.default) and [dim % 4 for dim in turned.args[1]] == TURNED:
-        node = turned.args[0]
+    if is_call(transposed, aten.permute.default) and [dim % 4 for dim in transposed.args[1]] == TRANSPOSED:
+        node = transposed.args[0]
         while is_noop(node):
             node = node.args[0]
         return node  # type: ignore[no-any-return]
-    value = _value(turned)
+    value = _value(transposed)
     with value.fake_mode if hasattr(value, "fake_mode") else torch.no_grad():
-        back = value.permute(TURNED)
-    return canonical.insert_before(product, aten.permute.default, (turned, TURNED), back)
+        back = value.permute(TRANSPOSED)
+    return canonical.insert_before(product, aten.permute.default, (transposed, TRANSPOSED), back)
 
 
 def _unshared(canonical: CanonicalGraph, k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:

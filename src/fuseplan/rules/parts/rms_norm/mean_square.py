@@ -145,7 +145,7 @@ def _of_the_steps(steps: list[fx.Node]) -> list[Unraised]:
 
 
 def _dynamic_float(node: fx.Node) -> fx.Node | None:
-    """The input that Dynamo made of a Python float, a float64 tensor without dimensions, where the value is just that."""
+    """The input that Dynamo made of a Python float, a float64 tensor without dimensions, if the value is just that."""
     source = node.args[0] if is_call(node, convert_element_type) else node
     value = tensor_of(source)
     is_float = value is not None and value.dim() == 0 and value.dtype is torch.float64

@@ -39,8 +39,8 @@ def _refuse_engines(
 
 @dataclass(frozen=True, kw_only=True)
 class Rotation(Tail):
-    """A rotary embedding of normed queries and normed keys; its region includes the norm of the keys. Inductor makes one
-    kernel of the queries and one of the keys. Fewer aren't possible: the two reductions differ in size.
+    """A rotary embedding of normed queries and normed keys; its region includes the norm of the keys. Inductor makes
+    one kernel of the queries and one of the keys. Fewer aren't possible: the two reductions differ in size.
 
     Attributes:
         q_heads: heads of the queries.

@@ -16,10 +16,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, rounding: str) -> Tensor:
     if cos.shape[-1] != x.shape[-1]:
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
     straight = x.to(wide) * cos.to(wide)
-    turned = torch.cat((-second, first), dim=-1) * sin.to(wide)
+    rotated = torch.cat((-second, first), dim=-1) * sin.to(wide)
     if RotaryRounding(rounding) is RotaryRounding.PRODUCTS:
-        straight, turned = straight.to(x.dtype).to(wide), turned.to(x.dtype).to(wide)
-    return (straight + turned).to(x.dtype).contiguous()
+        straight, rotated = straight.to(x.dtype).to(wide), rotated.to(x.dtype).to(wide)
+    return (straight + rotated).to(x.dtype).contiguous()
 
 
 def rotary_embedding_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rounding: str) -> tuple[Tensor, Tensor]:

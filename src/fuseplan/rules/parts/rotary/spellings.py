@@ -3,9 +3,9 @@
     y = x * cos + cat(-x2, x1) * sin                          Hugging Face's `rotate_half`
     y = cat(x1 * cos - x2 * sin, x2 * cos + x1 * sin)         vLLM, Hugging Face GPT-OSS
 
-x1 and x2 are the halves of x, by slices or splits. Where x is cast to float32 first, or multiplied by angles in float32,
-y is cast back. Queries and keys are raised together, since they share their angles: two tensors count as a layer's
-queries and keys if they are rotated by the same cosines and sines and neither is computed from the other.
+x1 and x2 are the halves of x, by slices or splits. Where x is cast to float32 first, or multiplied by angles in
+float32, y is cast back. Queries and keys are raised together, since they share their angles: two tensors count as a
+layer's queries and keys if they are rotated by the same cosines and sines and neither is computed from the other.
 
 Queries and keys without a norm before them aren't raised here; if the keys are cached,
 `fuseplan.rules.parts.cached_rotary` raises both.
@@ -106,7 +106,7 @@ def raise_rotary_embeddings(canonical: CanonicalGraph) -> None:
 
 
 def read_rotations(canonical: CanonicalGraph) -> Iterator[tuple[fx.Node, Rotation | Unraised]]:
-    """(root, rotation) of each rotated tensor in graph order, with an error in place of the rotation for a lookalike."""
+    """(root, rotation) of each rotated tensor in graph order, or (root, error) of a lookalike."""
     for root in canonical.calls(aten.neg.default, aten.sub.Tensor):
         try:
             rotation = _read(root)
@@ -193,10 +193,10 @@ def _read(root: Call) -> Rotation | None:
     Raises:
         Unraised: it looks like a rotation and isn't one.
     """
-    return _read_turned(root) if is_call(root, aten.neg.default) else _read_halves(root)
+    return _read_rotated(root) if is_call(root, aten.neg.default) else _read_halves(root)
 
 
-def _read_turned(neg: Call) -> Rotation | None:
+def _read_rotated(neg: Call) -> Rotation | None:
     """`x * cos + cat(-x2, x1) * sin`"""
     second = half_of(neg.args[0])
     if second is None or second.index != 1:
@@ -211,11 +211,11 @@ def _read_turned(neg: Call) -> Rotation | None:
         return None
     source = second.source
     _require_whole(source, neg)
-    turned = only_reader(cat, "the turned half")
-    total = only_reader(turned, "its product with the sines") if is_call(turned, *MULS) else turned
-    if not is_call(turned, *MULS) or not is_call(total, aten.add.Tensor) or total.kwargs:
-        raise Unraised(Reason.OP, "the turned half isn't multiplied by sines and added", total)
-    straight = total.args[1] if total.args[0] is turned else total.args[0]
+    rotated = only_reader(cat, "the rotated half")
+    total = only_reader(rotated, "its product with the sines") if is_call(rotated, *MULS) else rotated
+    if not is_call(rotated, *MULS) or not is_call(total, aten.add.Tensor) or total.kwargs:
+        raise Unraised(Reason.OP, "the rotated half isn't multiplied by sines and added", total)
+    straight = total.args[1] if total.args[0] is rotated else total.args[0]
     if not is_call(straight, *MULS) or source not in straight.args:
         raise Unraised(Reason.OP, "the value added to the rotated half isn't x times cosines", total)
     only_reader(straight, "the product of x and the cosines")
@@ -223,9 +223,9 @@ def _read_turned(neg: Call) -> Rotation | None:
         neg,
         source,
         other_operand(straight, source),
-        other_operand(turned, cat),
+        other_operand(rotated, cat),
         total,
-        (straight, turned),
+        (straight, rotated),
         (neg, cat, total),
     )
 
