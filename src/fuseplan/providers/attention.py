@@ -137,7 +137,7 @@ class Shared:
         return None
 
     def limits(self) -> tuple[str, ...]:
-        """What it takes, for a person."""
+        """Its limits, for a person."""
         return (f"memory-efficient attention from torch {EFFICIENT_SHARES} on, and not on ROCm",)
 
 
@@ -176,7 +176,7 @@ class Packs:
         )  # fmt: skip
 
     def limits(self) -> tuple[str, ...]:
-        """What it takes, for a person."""
+        """Its limits, for a person."""
         return ("one query token a row",)
 
 
@@ -216,7 +216,7 @@ class Spelled:
         return self.packed(Bindings(m.rule, {**m.values, "is_causal": False, "kernel": CPU}))
 
     def limits(self) -> tuple[str, ...]:
-        """What it takes, for a person."""
+        """Its limits, for a person."""
         return ("a CPU", "no soft-cap, no sinks", *(self.packed.limits() if self.packed else ()))
 
 

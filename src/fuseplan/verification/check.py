@@ -64,7 +64,7 @@ def check(
         unfused: plain values of the graph that replace those of the case, where a kernel rounds elsewhere.
         region: the region of the graph that the match replaces, if there is one: its values are compared with the same
             exact values, and the kernel's results must have its strides, offsets and aliasing.
-        free: indices of results whose layout nothing in the graph reads, or of which it gets a copy.
+        free: indices of results whose layout nothing in the graph reads, or that it gets as copies.
         rank: the rank of this process among those that check in lock step, with one seed: tensors that are summed over
             the ranks are drawn anew on each. None: this process checks alone, as if all ranks had its values.
 

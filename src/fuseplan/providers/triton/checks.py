@@ -114,7 +114,7 @@ class FewRows:
         return None
 
     def limits(self) -> tuple[str, ...]:
-        """What it takes, for a person."""
+        """Its limits, for a person."""
         return listed([*map(dtype_text, self.dtypes)]), f"up to {MOST_LINEAR_ROWS} rows"
 
 
@@ -137,7 +137,7 @@ class FewScaledRows(FewRows):
         return super().__call__(m) or self._device(m) or self._width(m)
 
     def limits(self) -> tuple[str, ...]:
-        """What it takes, for a person."""
+        """Its limits, for a person."""
         return *super().limits(), f"widths that are multiples of {SCALED_UNIT}", f"NVIDIA's GPUs {_SINCE}"
 
     def _device(self, m: Any) -> Refusal | None:
@@ -217,7 +217,7 @@ class FewQueries:
         return m.q.shape[2]
 
     def limits(self) -> tuple[str, ...]:
-        """What it takes, for a person."""
+        """Its limits, for a person."""
         return listed(_DTYPE_TEXTS), self._most, f"heads of up to {MOST_HEAD_DIM} elements"
 
 

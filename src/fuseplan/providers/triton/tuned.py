@@ -126,7 +126,7 @@ HEADS_THREAD: Final = _found(_ROTARY, "Elements of one half that a thread holds.
 SECOND_WAIT_BYTES: Final = _found(
     _BETWEEN_RANKS, "Bytes that the links could send while two shots wait once more than one.", (inf, 7 * 2**16),
     device="4 x NVIDIA H100 80GB HBM3", command="torchrun --nproc-per-node 4 benchmarks/region.py",
-    source="2,880 elements of bfloat16 a row: two shots pay from 0.3 MiB on; what one shot took was not kept, "
+    source="2,880 elements of bfloat16 a row: two shots pay from 0.3 MiB on; the times of one shot were not kept, "
     "benchmarks/results/region_h100x4.json is of this choice; not measured with eight ranks",
 )  # fmt: skip
 FEW_ROWS: Final = _found(
@@ -149,8 +149,8 @@ AHEAD_THREAD: Final = _found(
 AHEAD_REGISTERS: Final = _found(_BETWEEN_RANKS, "Registers of a thread there.", (inf, 128))
 
 L2_SHARE: Final = _found(
-    _KERNELS, "Times the L2, what a call may read and write for what it reads once to be evicted first.", (inf, 1),
-    source="12 % of the time is saved where all of it fits, and 3 % lost beyond",
+    _KERNELS, "The most bytes of a call, as a multiple of the L2, up to which it evicts single reads first.", (inf, 1),
+    source="12 % of the time is saved where all of them fit, and 3 % lost beyond",
 )  # fmt: skip
 
 _SPLIT = replace(

@@ -314,7 +314,7 @@ def _raise(canonical: CanonicalGraph, layers: Sequence[_Layer]) -> None:
 
 def library_kernels(hardware: Hardware, region: LinearRegion) -> tuple[Kernel, ...]:
     """A product by torch for each layer: latency + max(bytes / bandwidth, width * column). Its kernels have tiles of
-    128 x 128, each of which one processor goes through alone.
+    128 x 128, and a single processor goes through each.
     """
     column = region.width * hardware.linear.scaled_column.value
     latency = hardware.linear.scaled_library.value

@@ -93,7 +93,7 @@ class Tail:
         reduces_rows: whether it is a reduction over rows.
         yields_core: whether its results include the core's own result, at no cost.
         eager_kernels: the most kernels its reference launches in eager mode; tests count them.
-        kind: what kernels with it count as for the error of the cost model; see `devices.hardware.KINDS`.
+        kind: suffix of the kernel kind, which the error of the cost model depends on; see `devices.hardware.KINDS`.
     """
 
     name: ClassVar[str]

@@ -141,8 +141,8 @@ def code_constants(dtype: torch.dtype, quant_rounding: str) -> tuple[float, bool
 
 
 def refuse_groups(size: int, x: Tensor, *, least: int = 1) -> Refusal | None:
-    """The refusal of groups of this size, which no tile holds, or of which rows of x have no whole number or fewer than
-    `least`; or None.
+    """The refusal of a group size that no tile holds or that doesn't divide rows of x into at least `least` groups; or
+    None.
     """
     width = x.shape[-1]
     if size < 1 or size & (size - 1):
