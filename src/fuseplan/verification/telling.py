@@ -19,10 +19,10 @@ PLAIN = (bool, int, float, str, torch.dtype)
 
 def told(match: ExternalMatch, before: Side, after: Side, symbols: Mapping[Any, int]) -> str:
     """All details in one clause."""
-    parts = [f"{_listed(after, symbols)} stands for {_listed(before, symbols)}"]
+    parts = [f"{_listed(after, symbols)} replaces {_listed(before, symbols)}"]
     dropped = vanished(before, after)
     if dropped:
-        parts.append(f"of these nothing passes on {', '.join(dropped)}")
+        parts.append(f"it drops {', '.join(dropped)}")
     pattern = getattr(match.entry, "pattern_name", None)
     named = f"pattern {pattern}, " if pattern else ""
     if match.written_at is not None or pattern:
