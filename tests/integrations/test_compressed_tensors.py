@@ -107,7 +107,7 @@ def test_a_graph_ends_at_each_of_its_layers(quantisation: Any) -> None:
     assert applied == set()
 
 
-ROUNDED = "quantisation not recognised: numbers are rounded to those that codes stand for"
+ROUNDED = "quantisation not recognised: numbers are rounded to the values of e2m1"
 
 
 @pytest.mark.parametrize(

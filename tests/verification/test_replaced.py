@@ -205,11 +205,11 @@ def test_what_is_no_tensor_and_is_read_whole_can_not_be_asked_about() -> None:
         values = SPLIT(x)
         return aten.neg.default(values[0]), values
 
-    with pytest.raises(ValueError, match=r"^what it yields for asked_\w+ is no tensor$"):
+    with pytest.raises(ValueError, match=r"^its result for asked_\w+ isn't a tensor$"):
         results_of(function, [SPLIT], [(ONE, TWO)])
     match, graph = split_match()
     outcome = Stub("always").verify(match, Sizes(graph), SPAN)
-    assert str(outcome.detail).startswith("not verified: what it yields for asked_")
+    assert str(outcome.detail).startswith("not verified: its result for asked_")
 
 
 def test_what_nobody_reads_is_no_result() -> None:
@@ -496,9 +496,9 @@ def test_what_both_leave_in_an_argument_is_compared() -> None:
         made["x"].tensor.add_(1.0 + off)
         found = trial._written(made)
         assert (found is not None) is wrong
-        assert not wrong or str(found).startswith("what it leaves in its argument x: element [")
+        assert not wrong or str(found).startswith("the value left in its argument x: element [")
     made = trial.fresh()
-    assert "what it leaves in its argument x" in str(trial._written(made)), "it doesn't write where the graph does"
+    assert "the value left in its argument x" in str(trial._written(made)), "it doesn't write where the graph does"
 
 
 def test_codes_that_are_left_in_an_argument_may_be_one_step_off() -> None:
@@ -539,7 +539,7 @@ def test_an_argument_that_is_taken_for_a_narrower_one_is_named_where_it_is_looke
     wrong, worst = tried(taken, thorough=True)
     assert wrong is not None
     assert wrong.startswith("it takes its argument w, float32, for bfloat16: rounding it to bfloat16 changes ")
-    assert wrong.endswith(" elements of what the graph computes, and none of what it does")
+    assert wrong.endswith(" elements of the graph's results, and none of its own")
     assert 0 < worst <= 1
     assert tried(taken) == (None, worst)
     assert tried(weighted(lambda weight: weight), thorough=True)[0] is None
@@ -658,7 +658,7 @@ def test_what_comes_to_nothing_may_come_to_something_next_time(scripted: Any) ->
     assert outcome.detail == f"at 7 tokens: it {text}; told of m{{'s': 7}}"
     outcome, asked_of = scripted({1: (None, 0.25), 7: (None, 0.0)}, {7: AttemptError("no the kernel in the kernel x")})
     assert (outcome.passed, outcome.transient, outcome.tokens) == (True, False, (1,))
-    assert outcome.detail == f"not verified: what it stands for {text} here"
+    assert outcome.detail == f"not verified: the region it replaces {text} here"
     assert [tokens for tokens, _, _ in asked_of] == [1]
 
 

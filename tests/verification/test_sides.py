@@ -211,13 +211,13 @@ def test_what_stands_for_what_is_told_in_one_clause(pattern: str | None, place: 
     before = side((aten.mul.Tensor, ("x", 2)), (aten.mul.Tensor, ("0", 3)), (aten.relu.default, ("1",)), x=X.bfloat16())
     after = told_side("told_call(Tensor x, int size, bool _hidden=True) -> Tensor", 4)
     text = told(match, before, after, {})
-    assert text == f"made_up.told_call(x: float32[2, 3], size=4) stands for aten.mul.Tensor, aten.relu{end}"
+    assert text == f"made_up.told_call(x: float32[2, 3], size=4) replaces aten.mul.Tensor, aten.relu{end}"
     assert told(match, after, before, {}).startswith(
-        "aten.mul.Tensor, aten.relu stands for made_up.told_call(x: float32[2, 3], size=4); "
-        "of these nothing passes on size=4 of made_up.told_call"
+        "aten.mul.Tensor, aten.relu replaces made_up.told_call(x: float32[2, 3], size=4); "
+        "it drops size=4 of made_up.told_call"
     )
     empty = Side(names={}, nodes=(), outputs=())
-    assert told(match, empty, empty, {}) == f"nothing stands for nothing{end}"
+    assert told(match, empty, empty, {}) == f"nothing replaces nothing{end}"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Implementations of fused ops: when each is available, what it accepts."""
+"""Implementations of fused ops, with their availability and the arguments they accept."""
 
 from fuseplan.devices import PROFILES, DeviceProfile, device_profile, local_profile, local_vendor
 from fuseplan.providers.declared import Cost, KernelCost

@@ -2,17 +2,16 @@
 
 Read from ROCm/aiter at e4048607 (2026-08-22, 46 commits after v0.1.20):
 
-- `aiter.ops.triton.normalization.fused_add_rmsnorm_pad`: the sum stays in float32 and is rounded for the residual
-  stream alone; the norm is multiplied by the weight in float32 and rounded once: `fp32`, and `gpt_oss` where nothing
-  is added.
+- `aiter.ops.triton.normalization.fused_add_rmsnorm_pad`: the sum stays in float32 and is rounded only for the residual
+  stream; the norm is multiplied by the weight in float32 and rounded once: `fp32`, or `gpt_oss` without a residual.
 - `aiter.dist.device_communicators.custom_all_reduce.CustomAllreduce`: `custom_fused_ar_rms`
   (`fused_allreduce_rmsnorm` and, for a wider result, `fused_allreduce_rmsnorm_pad`) and `custom_fused_ar_rms_quant`
   (`fused_allreduce_rmsnorm_quant`), with their kernels in csrc/include/custom_all_reduce.cuh: the sum over ranks is
-  taken in float32 and rounded, then as above. What is quantised isn't rounded before, and a row of zeros has the
+  taken in float32 and rounded, then as above. The norm isn't rounded before quantisation, and a row of zeros has the
   scale 1. The input is copied into memory that the ranks share, so that a CUDA graph may be captured and replayed.
   Nothing is written in place.
 
-Nothing of this has been run on ROCm hardware.
+None of this has been run on ROCm hardware.
 """
 
 import importlib
@@ -38,15 +37,15 @@ OLDEST = "0.1.20"
 """The first release whose one-stage kernel waits for all readers before the shared memory is written again."""
 
 POOL_BYTES = 2**26
-"""Of the memory that a group shares. AITER's own dispatch takes messages that are smaller."""
+"""Bytes of the memory that a group shares. AITER's own dispatch takes only smaller messages."""
 
 ONE_STAGE_BYTES = 128 * 7168 * 2
-"""Up to this over the ranks, AITER's own dispatch reduces in one kernel: `fused_allreduce_rmsnorm` of
+"""Up to this size, divided by the ranks, AITER's own dispatch reduces in one kernel: `fused_allreduce_rmsnorm` of
 aiter/dist/device_communicators/communicator_cuda.py.
 """
 
 ONE_STAGE_QUANT_BYTES = 128 * 1024
-"""The same where it quantises (`fused_allreduce_rmsnorm_quant`)."""
+"""The same limit with quantisation (`fused_allreduce_rmsnorm_quant`)."""
 
 QUANT_WIDTHS = frozenset({512, 1024, 2048, 4096, 6144, 7168})
 """Hidden sizes that AITER's own dispatch quantises in the same kernel."""
@@ -75,7 +74,7 @@ def norm_pad(m: Any) -> Any:
         module = importlib.import_module("aiter.ops.triton.normalization.fused_add_rmsnorm_pad")
         added = None if residual is None else _flat(residual)
         with torch.cuda.device_of(x):
-            # It pads to the next multiple, which of `width` is `width`.
+            # It pads to the next multiple of `width`, which is `width` itself.
             found = module.fused_add_rmsnorm_pad(
                 _flat(x), m.weight.contiguous(), m.eps, res=added, x_pad_to_multiple=width
             )
@@ -99,8 +98,8 @@ def all_reduce_norm(m: Any) -> tuple[Tensor, Tensor]:
         (y, residual_out): [..., hidden + right] and [..., hidden], contiguous, in x's dtype.
 
     Raises:
-        CollectiveError: a message of 64 MiB or more, a group that AITER doesn't serve, or none of its memory there when
-            a graph is captured.
+        CollectiveError: a message of 64 MiB or more, a group that AITER doesn't serve, or a graph capture before its
+            memory is allocated.
     """
     x, width = m.x, m.x.shape[-1] + vars(m).get("right", 0)
     if x.numel() == 0:
@@ -118,12 +117,12 @@ def all_reduce_dynamic(m: Any) -> tuple[Tensor, Tensor, Tensor]:
     """residual_out = sum_ranks(x) + residual;  y = rms_norm(sum_ranks(x) + residual) * weight, not rounded;
     scale = amax(|y|, -1) / fp8_max;  q = (y / scale).to(fp8)
 
-    `ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant` under the rounding `fp32`, but for the rounding of y and for
-    rows whose scale is below `min_scale`: theirs is as computed, and 1 for a row of zeros.
+    `ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant` under the rounding `fp32`, except that y isn't rounded, and
+    that scales below `min_scale` stay as computed; a row of zeros has the scale 1.
 
     Args:
-        m: as for `all_reduce_norm`; dtype the fp8 format of the device: fnuz on CDNA3, fn on CDNA4; min_scale, which
-            has no effect; no other bound of the scales; quant_rounding `divide`.
+        m: as for `all_reduce_norm`; dtype, the fp8 format of the device: fnuz on CDNA3, fn on CDNA4; min_scale, which
+            has no effect; no other bound on scales; quant_rounding `divide`.
 
     Returns:
         (q, scale, residual_out): [..., hidden], [..., 1] in float32 and [..., hidden], contiguous.
@@ -154,7 +153,7 @@ def _communicator(x: Tensor, group_name: str) -> Any:
     def make(group: dist.ProcessGroup) -> Any:
         module = importlib.import_module("aiter.dist.device_communicators.custom_all_reduce")
         ranks = dist.get_process_group_ranks(group)
-        # AITER refuses a group of NCCL's, over which it would share addresses.
+        # AITER refuses an NCCL group for exchanging addresses.
         own = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
         communicator = module.CustomAllreduce(group=own, device=x.device, max_size=POOL_BYTES)
         if communicator.disabled:
@@ -177,13 +176,13 @@ def _served(results: Any, x: Tensor, group_name: str) -> Any:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """[rows, width], of any strides."""
+    """[rows, width], with any strides."""
     return x.reshape(-1, x.shape[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
 class AllReduceGate(Gate):
-    """A `Gate` with what the two-stage kernels take.
+    """A `Gate` with the limits of the two-stage kernels.
 
     Attributes:
         widths: hidden sizes; empty: any.
@@ -192,17 +191,17 @@ class AllReduceGate(Gate):
     widths: frozenset[int] = frozenset()
 
     def limits(self) -> tuple[str, ...]:
-        """As `Gate.limits`."""
+        """See `Gate.limits`."""
         split = f"rows that split into packs of {ACCESS_BYTES} bytes for each rank"
         sizes = (f"hidden size {listed(list(map(str, sorted(self.widths))))}",) if self.widths else ()
         return (*super().limits(), split, *sizes)
 
     def _row_bytes(self, m: Any) -> int:
-        # Rows are shared out in packs of 16 bytes, and a rest that some rank doesn't have is left out.
+        # Rows are shared out in packs of 16 bytes, and a remainder that not all ranks have is dropped.
         return ACCESS_BYTES * (group_size(str(m.group_name)) or 1)
 
     def check_width(self, x: Tensor, m: Any) -> Refusal | None:
-        """As `Gate.check_width`."""
+        """See `Gate.check_width`."""
         refusal = super().check_width(x, m)
         if refusal is not None:
             return refusal
@@ -242,12 +241,12 @@ def _most_rows(width: int, dtype: torch.dtype) -> int:
 
 
 def most_rows(m: Any) -> int:
-    """How many rows fit the memory that a group shares."""
+    """The number of rows that fit into the memory that a group shares."""
     return _most_rows(m.x.shape[-1], m.x.dtype)
 
 
 def most_padded_rows(m: Any) -> int:
-    """How many rows the Triton kernel can count: it computes addresses in 32 bits."""
+    """The number of rows that the Triton kernel can address: it computes addresses in 32 bits."""
     width: int = m.x.shape[-1] + m.right
     return (2**31 - 1) // width
 
@@ -271,7 +270,7 @@ KERNELS: Mapping[DialectOp, tuple[Callable[..., Any], Offer]] = {
         ),
     ),
 }  # fmt: skip
-"""By fused op, and what each takes."""
+"""Kernels and their offers by fused op."""
 
 PROVIDER: Final = Provider(
     name="aiter",

@@ -1,12 +1,12 @@
 """Attention over shared heads by torch's own kernels, in two forms, each a few aten calls in the graph.
 
-`sdpa`         the graph's own kernel on keys and values as they are, where it takes fewer heads of them than of queries
+`sdpa`         the graph's own kernel on unrepeated keys and values, where it takes fewer heads of these than of queries
 `sdpa_packed`  one query token a row: the queries that share a head are stacked as if they were tokens, so the kernel
                sees as many heads of queries as of keys
 
     q [B, heads, 1, D] -> [B, kv_heads, heads / kv_heads, D],   mask [B, 1, 1, S] -> [B, 1, heads / kv_heads, S]
 
-Attention that a model spells out names no kernel: it gets the CPU's, on a CPU.
+Spelled-out attention names no kernel; on a CPU it gets the CPU's.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,20 +33,20 @@ CPU: Final = "cpu"
 SHARED: Final = "sdpa"
 PACKED: Final = "sdpa_packed"
 EFFICIENT_SHARES: Final = "2.14"
-"""The torch from which on memory-efficient attention takes fewer heads of keys than of queries, on NVIDIA."""
+"""The first torch whose memory-efficient attention takes fewer heads of keys than of queries, on NVIDIA."""
 
 
 def shared_attention(
     q: Any, k: Any, v: Any, mask: Any, scale: float, is_causal: bool, kernel: str
 ) -> Any:  # fmt: skip
-    """The kernel of that name on unrepeated keys and values; arguments as for `attention_reference`."""
+    """The named kernel on unrepeated keys and values; arguments as for `attention_reference`."""
     return ATTENTION_KERNELS[kernel].run(q, k, v, mask, scale, is_causal)[0]
 
 
 def packed_attention(
     q: Any, k: Any, v: Any, mask: Any, scale: float, is_causal: bool, kernel: str
 ) -> Any:  # fmt: skip
-    """The kernel of that name on the queries of a group as its tokens; arguments as for `attention_reference`."""
+    """The named kernel with the queries of a group as its tokens; arguments as for `attention_reference`."""
     heads, width = facts_of(q).shape[1], facts_of(q).shape[3]
     shared = facts_of(k).shape[1]
     rows = heads // shared
@@ -73,7 +73,7 @@ def packed_eager_attention(
 
 
 def _packed_mask(mask: Any, shared: int, rows: int, kernel: str) -> Any:
-    """A mask [B, 1 or heads, 1, S], or [1, S], for rows that are heads."""
+    """A mask [B, 1 or heads, 1, S], or [1, S], for heads packed as rows."""
     if mask is None:
         return None
     facts: Tensor = facts_of(mask)
@@ -82,9 +82,9 @@ def _packed_mask(mask: Any, shared: int, rows: int, kernel: str) -> Any:
     if _is_one_head(facts):
         if not equal_size(facts.shape[1], 1):
             mask = aten.slice.Tensor(mask, 1, 0, 1)
-        # Memory-efficient attention wants a mask of all heads, which may be one in memory.
+        # Memory-efficient attention requires a mask for all heads, which may share memory.
         mask = aten.expand.default(mask, [-1, shared if kernel == "efficient" else -1, rows, -1])
-        # cuDNN reads a mask whose heads are one in memory, and not one whose tokens are.
+        # cuDNN reads a mask whose heads share memory, but not one whose tokens do.
         return aten.clone.default(mask, memory_format=torch.contiguous_format) if kernel == "cudnn" else mask
     batch, keys = facts.shape[0], facts.shape[3]
     return aten.reshape.default(mask, [batch if isinstance(batch, int) else -1, shared, rows, keys])
@@ -95,7 +95,7 @@ def _is_one_head(mask: Tensor) -> bool:
 
 
 def _apart(m: Any) -> Refusal | None:
-    """Why heads whose elements don't lie side by side are refused, or None: torch's kernels take them for such."""
+    """The refusal of heads whose elements aren't contiguous, or None: torch's kernels assume that they are."""
     for name in ("q", "k", "v"):
         value = getattr(m, name)
         if not equal_size(value.stride(-1), 1) and not equal_size(value.shape[-1], 1):
@@ -110,8 +110,8 @@ class Shared:
     """Whether a kernel takes fewer heads of keys and values than of queries.
 
     Attributes:
-        vendor: of the device that is planned for, where it isn't this machine's; None: the graph's kernel counts.
-        torch_version: in use.
+        vendor: the vendor of the plan's device, if that isn't this machine's; None: the graph's kernel counts.
+        torch_version: the version in use.
         is_rocm: whether torch was built for AMD's GPUs.
     """
 
@@ -137,13 +137,13 @@ class Shared:
         return None
 
     def limits(self) -> tuple[str, ...]:
-        """What it takes, for a person."""
+        """Its limits, for a person."""
         return (f"memory-efficient attention from torch {EFFICIENT_SHARES} on, and not on ROCm",)
 
 
 @dataclass(frozen=True)
 class Packs:
-    """Whether queries can be stacked: one token a row, and a mask that heads share or that has one for each."""
+    """Whether queries can be stacked: one token a row, and a mask that heads share or with a row for each head."""
 
     def __call__(self, m: Any) -> Refusal | None:
         """Why the arguments are refused, or None."""
@@ -176,7 +176,7 @@ class Packs:
         )  # fmt: skip
 
     def limits(self) -> tuple[str, ...]:
-        """What it takes, for a person."""
+        """Its limits, for a person."""
         return ("one query token a row",)
 
 
@@ -185,8 +185,8 @@ class Spelled:
     """Whether torch's kernel for CPUs takes attention that a model spells out.
 
     Attributes:
-        packed: whether it is to run on packed heads.
-        vendor: of the device that is planned for, where it isn't this machine's.
+        packed: the check for packed heads, if it is to run on these.
+        vendor: the vendor of the plan's device, if that isn't this machine's.
     """
 
     packed: Packs | None = None
@@ -216,12 +216,12 @@ class Spelled:
         return self.packed(Bindings(m.rule, {**m.values, "is_causal": False, "kernel": CPU}))
 
     def limits(self) -> tuple[str, ...]:
-        """What it takes, for a person."""
+        """Its limits, for a person."""
         return ("a CPU", "no soft-cap, no sinks", *(self.packed.limits() if self.packed else ()))
 
 
 ROUNDINGS: Final = frozenset({AttentionRounding.FLOAT32.value})
-"""What each kernel computes of attention that is spelled out."""
+"""The rounding conventions of spelled-out attention that each kernel computes."""
 
 
 def _unknown_kernel() -> Refusal:
@@ -230,7 +230,7 @@ def _unknown_kernel() -> Refusal:
 
 
 def shared_offers(vendor: str | None) -> dict[str, Offer]:
-    """What `sdpa` implements, on this machine or planned for a vendor's devices."""
+    """The offers of `sdpa`, on this machine or for a plan on a vendor's devices."""
     return {
         ops.grouped_attention.name: Offer(accepts=Shared(vendor)),
         ops.fused_attention.name: Offer(accepts=Spelled(vendor=vendor), roundings=ROUNDINGS),
@@ -238,7 +238,7 @@ def shared_offers(vendor: str | None) -> dict[str, Offer]:
 
 
 def packed_offers(vendor: str | None) -> dict[str, Offer]:
-    """The same of `sdpa_packed`."""
+    """The offers of `sdpa_packed`, on this machine or for a plan on a vendor's devices."""
     return {
         ops.grouped_attention.name: Offer(accepts=Packs()),
         ops.fused_attention.name: Offer(accepts=Spelled(Packs(), vendor), roundings=ROUNDINGS),
@@ -247,17 +247,17 @@ def packed_offers(vendor: str | None) -> dict[str, Offer]:
 
 @dataclass(frozen=True, kw_only=True)
 class TorchAttention(Provider):
-    """torch's attention on keys and values with fewer heads than queries: what a kernel takes depends on whose device
-    it is.
+    """torch's attention on keys and values with fewer heads than queries. Its kernels' limits depend on the vendor of
+    the device.
 
     Attributes:
-        offered: what is implemented for a vendor's devices; None: for this machine.
+        offered: the offers for a vendor's devices; for None, the offers on this machine.
     """
 
     offered: Callable[[str | None], dict[str, Offer]]
 
     def offers(self, device: DeviceProfile | None = None) -> Mapping[str, Offer]:
-        """As for any provider; for another device than this one, by the kernel that torch runs there."""
+        """See `Provider.offers`; for a device other than this machine's, by the kernel that torch runs there."""
         return self.offered(device.vendor if device else None)
 
 

@@ -1,4 +1,4 @@
-"""What a provider says that its kernels take, for the plan to price them by before anybody has measured them."""
+"""Costs that a provider declares for its kernels, by which a plan prices them until they are measured."""
 
 import math
 from collections.abc import Callable
@@ -9,21 +9,21 @@ from fuseplan.errors import ConfigError
 from fuseplan.record.text import one_line
 
 MOST_US = 3.6e9
-"""An hour: no call takes longer, so more is a mistake of units."""
+"""An hour: no call takes longer, so a larger number is in the wrong unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelCost:
-    """A call as the cost model prices it on any device:
+    """The price of a call in the cost model, on any device:
 
         kernels * launch + passes * bytes / bandwidth
 
-    `launch` and `bandwidth` are the device's (`fuseplan devices`); `bytes` are those of all tensors among the
-    arguments, each once, and of all results that are used.
+    `launch` and `bandwidth` are the device's (`fuseplan devices`); `bytes` counts all tensors among the arguments, each
+    once, and all results that are used.
 
     Attributes:
-        kernels: how many kernels a call launches, at least 1.
-        passes: how often it goes over its arguments and results: 1 for a kernel that holds a row in registers.
+        kernels: the number of kernels that a call launches, at least 1.
+        passes: the number of passes over its arguments and results: 1 for a kernel that holds a row in registers.
 
     Raises:
         ConfigError: fewer kernels than 1, or a number of passes that isn't positive and finite.
@@ -44,10 +44,10 @@ Cost: TypeAlias = KernelCost | float | Callable[[Any], float]
 
 
 def checked_cost(cost: object) -> None:
-    """Refuses what is no `Cost`.
+    """Refuses a value that isn't a `Cost`.
 
     Raises:
-        ConfigError: it is none; the text says what is allowed.
+        ConfigError: it isn't one; the text says what is allowed.
     """
     if cost is None or isinstance(cost, KernelCost) or (callable(cost) and not isinstance(cost, type)):
         return
@@ -67,15 +67,15 @@ def declared_us(cost: Callable[[Any], float] | float, m: Any, whose: str) -> flo
         whose: provider and op, for errors.
 
     Raises:
-        ConfigError: the function raises, or returns something else than microseconds.
+        ConfigError: the function raises, or doesn't return microseconds.
     """
     if not callable(cost):
         return float(cost)
     try:
         result = cost(m)
     except Exception as error:
-        what = f"{type(error).__name__}: {one_line(error)}"
-        raise ConfigError(f"the cost of {whose} can't be computed: {what}") from error
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ConfigError(f"the cost of {whose} can't be computed: {reason}") from error
     if not _is_time(result):
         raise ConfigError(
             f"the cost of {whose} is {one_line(repr(result), 80)}: allowed are microseconds from 0 to {MOST_US:.0f}"

@@ -3,18 +3,18 @@
 Read from flashinfer-python 0.6.11.post2, 0.6.18.post1 and 0.7.2.post1:
 
 - `flashinfer.comm.allreduce_fusion`, backend `trtllm` (comm/trtllm_allreduce_fusion.cuh). The sum over ranks is taken
-  in float32 (`fp32_acc`) and rounded to the activations' dtype, and so is the residual sum. The norm of that is
-  multiplied by the weight in float32 and rounded once: `gpt_oss`, and `gemma` with `weight_bias=1`. A static scale is
-  applied by its reciprocal, a dynamic one by division; both quantise the rounded norm. The residual is read, and its
-  sum is written elsewhere. Up to a size that the library chooses every rank sends its rows to every other (one-shot),
-  beyond it shares are reduced and handed on (two-shot).
+  in float32 (`fp32_acc`) and rounded to the activations' dtype, and so is the residual sum. Its norm is multiplied by
+  the weight in float32 and rounded once: `gpt_oss`, and `gemma` with `weight_bias=1`. A static scale is applied by its
+  reciprocal, a dynamic one by division; both quantise the rounded norm. The residual is only read; the sum is written
+  elsewhere. Up to a size that the library chooses, every rank sends its rows to every other (one-shot); beyond it, each
+  rank reduces its share and passes it on (two-shot).
 - `flashinfer.norm.rmsnorm_quant` and `fused_add_rmsnorm_quant` (include/flashinfer/norm.cuh, and norm/kernels where
   nvidia-cutlass-dsl is installed): the norm isn't rounded before it is quantised, nor the residual sum before it is
   normalised. The sum is written over the residual, so the residual is copied first.
 
-Not used: `rmsnorm`, `fused_add_rmsnorm` and the `gemma_` ones, since no fused op is a norm alone; the backend
+Not used: `rmsnorm`, `fused_add_rmsnorm` and the `gemma_` variants, since no fused op is a norm alone; the backend
 `mnnvl`, which needs NVLink multicast; the patterns with fp4 or grouped scales, which no fused op has; attention, which
-takes lengths, or bits for one row, where `grouped_attention` has a mask that is added to the scores.
+takes lengths, or bits for one row, where `grouped_attention` adds a mask to the scores.
 """
 
 import importlib
@@ -38,7 +38,7 @@ from fuseplan.providers.timing import Timing
 from fuseplan.record import Reason, Refusal
 
 OLDEST = "0.6.11"
-"""The oldest release that the calls are held against; vLLM 0.22 pins 0.6.11.post2."""
+"""The oldest release that the calls are checked against; vLLM 0.22 pins 0.6.11.post2."""
 
 WEIGHT_BIAS_FROM = "0.6.12"
 """The first release whose all-reduce fusion multiplies by 1 + weight."""
@@ -47,8 +47,8 @@ DYNAMIC_FROM = "0.6.15"
 """The first release with a scale a row, and whose all-reduce fusion reduces over warps of fewer than 32 threads."""
 
 EARLY_LAUNCH_FROM = "0.7.1"
-"""The first release whose all-reduce fusion reads the residual after it has waited for the kernel before. An older one
-that is launched early (programmatic dependent launch) can read a residual that isn't written yet.
+"""The first release whose all-reduce fusion waits for the preceding kernel before it reads the residual. In an older
+one, a kernel launched early (programmatic dependent launch) can read a residual that isn't written yet.
 """
 
 BLOCK_THREADS = 1024
@@ -56,7 +56,7 @@ CLUSTER_BLOCKS = 8
 """The most threads of a block, and the most blocks that share a row; a thread loads `kBytesPerAccess`, 16."""
 
 LEAST_THREADS, WARP = 128, 32
-"""Of a block that shares a row with others, and of a warp."""
+"""The least threads of a block that shares a row with others, and the threads of a warp."""
 
 COUNTED_BYTES = 2**30
 """The kernels compute twice the bytes of all ranks' messages in 32 bits, with a sign."""
@@ -67,7 +67,7 @@ MIN_SCALE = 1 / (448 * 512)
 
 def _release(workspace: Any) -> None:
     comm = importlib.import_module("flashinfer.comm")
-    # `destroy` alone leaves the memory to the library's own list of workspaces.
+    # `destroy` alone keeps the memory in the library's own list of workspaces.
     comm.trtllm_destroy_ipc_workspace_for_all_reduce_fusion(workspace.ipc_handles)
     workspace.destroy()
 
@@ -89,7 +89,7 @@ def all_reduce_norm(m: Any) -> tuple[Tensor, Tensor]:
         (y, residual_out), both [..., hidden], contiguous, in x's dtype.
 
     Raises:
-        CollectiveError: more rows than the kernels count, or no workspace when a CUDA graph is captured.
+        CollectiveError: more rows than the kernels can count, or no workspace when a CUDA graph is captured.
     """
     y, total = m.x.new_empty(m.x.shape), m.x.new_empty(m.x.shape)
     _all_reduce_fusion("kARResidualRMSNorm", m, total, norm_out=rows_of(y))
@@ -99,7 +99,7 @@ def all_reduce_norm(m: Any) -> tuple[Tensor, Tensor]:
 def all_reduce_static(m: Any) -> tuple[Tensor, Tensor]:
     """`all_reduce_norm`, and q = clamp(y * (1 / scale), -448, 448).to(float8_e4m3fn).
 
-    Equals `ops.all_reduce_fused_add_rms_norm_static_fp8_quant` where the scale, one float32 element, is multiplied.
+    Equals `ops.all_reduce_fused_add_rms_norm_static_fp8_quant` with multiplication by the scale, one float32 element.
 
     Args:
         m: as for `all_reduce_norm`; scale; quant_rounding `multiply`.
@@ -119,10 +119,10 @@ def all_reduce_dynamic(m: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`all_reduce_norm`, and scale = max(amax(|y|, -1) / 448, min_scale)
     q = clamp(y / scale, -448, 448).to(float8_e4m3fn).
 
-    Equals `ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant` where the scale divides.
+    Equals `ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant` with division by the scale.
 
     Args:
-        m: as for `all_reduce_norm`; min_scale 1 / (448 * 512), which the kernel has built in; no other bound of the
+        m: as for `all_reduce_norm`; min_scale 1 / (448 * 512), which is built into the kernel; no other bound on
             scales; quant_rounding `divide`.
 
     Returns:
@@ -172,15 +172,14 @@ def _all_reduce_fusion(pattern: str, m: Any, residual_out: Tensor, **results: An
 
 def norm_static(m: Any) -> Any:
     """[residual_out = x + residual]
-    q = clamp(rms_norm(x [+ residual]) * weight * (1 / scale), -448, 448).to(float8_e4m3fn), rounded nowhere before
+    q = clamp(rms_norm(x [+ residual]) * weight * (1 / scale), -448, 448).to(float8_e4m3fn), without rounding before
 
     `ops.rms_norm_static_fp8_quant` under the rounding `gpt_oss` and `ops.fused_add_rms_norm_static_fp8_quant` under
-    `fp32`, but for the rounding of the norm.
+    `fp32`, except for the rounding of the norm.
 
     Args:
-        m: x [..., hidden], float16 or bfloat16; residual of x's shape and dtype, or none; it is copied, since the
-            kernel writes the sum over it; weight [hidden] in x's dtype; scale, one float32 element; quant_rounding
-            `multiply`.
+        m: x [..., hidden], float16 or bfloat16; residual of x's shape and dtype, or none, copied since the kernel
+            writes the sum over it; weight [hidden] in x's dtype; scale, one float32 element; quant_rounding `multiply`.
 
     Returns:
         q, or (q, residual_out), all [..., hidden], contiguous.
@@ -197,17 +196,17 @@ def norm_static(m: Any) -> Any:
 
 
 def _is_older(than: str) -> bool:
-    """Whether a release is installed that is older; where none is, a device is planned for that will have a new one."""
+    """Whether an older release is installed. Without any, the plan is for another device, which will have a new one."""
     version = PROVIDER.version()
     return version is not None and TorchVersion(version) < than
 
 
 @dataclass(frozen=True, kw_only=True)
 class AllReduceGate(Gate):
-    """A `Gate` with the rule by which the launcher spreads a row over blocks, and with what older releases lack."""
+    """A `Gate` with the launcher's rule for spreading a row over blocks, and with the gaps of older releases."""
 
     def __call__(self, m: Any) -> Refusal | None:
-        """As `Gate.__call__`."""
+        """See `Gate.__call__`."""
         needs = {"1 + weight": WEIGHT_BIAS_FROM} if m.values.get("rounding") == Rounding.GEMMA else {}
         needs |= {"a scale a row": DYNAMIC_FROM} if self.min_scale is not None else {}
         for what, first in needs.items():
@@ -218,11 +217,11 @@ class AllReduceGate(Gate):
         return super().__call__(m)
 
     def limits(self) -> tuple[str, ...]:
-        """As `Gate.limits`."""
+        """See `Gate.limits`."""
         return (*super().limits(), f"rows that split into up to {CLUSTER_BLOCKS} blocks of {BLOCK_THREADS} threads")
 
     def check_width(self, x: Tensor, m: Any) -> Refusal | None:
-        """As `Gate.check_width`."""
+        """See `Gate.check_width`."""
         refusal = super().check_width(x, m)
         width = x.shape[-1]
         if refusal is not None or not isinstance(width, int):
@@ -268,7 +267,7 @@ def _most_rows(hidden: int, dtype: torch.dtype, ranks: int) -> int:
 
 
 def most_rows(m: Any) -> int:
-    """How many rows the kernels can count, whatever memory a workspace has."""
+    """The number of rows that the kernels can count, regardless of the workspace's memory."""
     return _most_rows(m.x.shape[-1], m.x.dtype, group_size(str(m.group_name)) or 1)
 
 
@@ -292,7 +291,7 @@ KERNELS: Mapping[DialectOp, tuple[Callable[..., Any], Offer]] = {
         )
     },
 }
-"""By fused op, and what each takes."""
+"""Kernels and their offers by fused op."""
 
 PROVIDER: Final = Provider(
     name="flashinfer",

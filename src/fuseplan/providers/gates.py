@@ -1,4 +1,4 @@
-"""What a library's kernel takes: sizes, ranks and layouts, as data with the source they were read from."""
+"""The limits of a library's kernels: sizes, ranks and layouts, as data, with the source they were read from."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,27 +17,27 @@ Accepts = Callable[[Any], Refusal | None]
 
 
 def accept_all(m: Any) -> Refusal | None:
-    """The check of an implementation that takes whatever its op takes."""
+    """The check of an implementation without limits beyond those of its op."""
     return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:
-    """One fused op of a provider: what it accepts, and where its kernel rounds.
+    """One fused op of a provider: the arguments it accepts, and the rounding of its kernel.
 
     Attributes:
-        accepts: None, or why it refuses the arguments.
-        roundings: the conventions that its kernel computes; None: whichever it is asked for.
-        leaves_out: what every graph rounds and its kernel doesn't, whatever the convention; such a kernel is taken
-            where `allow_rounding_changes` is set.
-        most_rows: how many rows of the first tensor its workspace or its counters hold, for given arguments; None: any
-            number. Where a graph may have more, the op is no candidate, unless its kernel was registered with the same
-            limit (`dialect.implement(..., most_rows=)`) and leaves such calls to the reference.
-        cost: what a call takes, where the cost model doesn't know the provider; see `Cost`. None: not declared, and
-            the op isn't applied before it was measured, unless it is forced.
+        accepts: a check of the arguments, which returns a refusal or None.
+        roundings: the conventions that its kernel computes; None: any requested one.
+        leaves_out: a value that every graph rounds, under any convention, and its kernel doesn't; such a kernel is used
+            only where `allow_rounding_changes` is set.
+        most_rows: the most rows of the first tensor that its workspace or its counters hold, for given arguments; None:
+            any number. Where a graph may have more, the op is no candidate, unless its kernel was registered with the
+            same limit (`dialect.implement(..., most_rows=)`) and leaves such calls to the reference.
+        cost: the cost of a call, where the cost model doesn't know the provider; see `Cost`. None: not declared; the op
+            isn't applied until it is measured, unless it is forced.
 
     Raises:
-        ConfigError: the cost is none.
+        ConfigError: the cost isn't a `Cost`.
     """
 
     accepts: Accepts = accept_all
@@ -50,27 +50,27 @@ class Offer:
         checked_cost(self.cost)
 
     def limits(self) -> tuple[str, ...]:
-        """What it takes and doesn't do, for a person; empty: whatever its op takes."""
+        """Its limits, for a person; empty: none beyond those of its op."""
         limits: tuple[str, ...] = getattr(self.accepts, "limits", tuple)()
         return (*limits, f"doesn't round {self.leaves_out}") if self.leaves_out else limits
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """A check of a fused op's arguments. As a function of `Bindings` it yields None, or why it refuses them.
+    """A check of a fused op's arguments: a function of `Bindings` that returns a refusal or None.
 
     Attributes:
-        name: of the library, for a person.
-        source: which version of which code says so.
-        dtypes: of the activations; empty: any.
-        row_bytes: a row's bytes are a multiple of this.
-        least_row_bytes: and at least this.
-        most_row_bytes: and at most this.
+        name: the library's name, for a person.
+        source: the code that it was read from, with the version.
+        dtypes: dtypes of the activations; empty: any.
+        row_bytes: the bytes of a row are a multiple of this.
+        least_row_bytes: the least bytes of a row.
+        most_row_bytes: the most bytes of a row; None: any number.
         ranks: sizes of the process groups it serves; empty: any, or it doesn't reduce.
-        dense: whether the activations must lie in memory row after row.
-        quant_rounding: how it applies a scale, where it does it in one way.
-        quant_dtypes: of the codes; empty: any.
-        min_scale: the least scale of a row, where it is the kernel's own.
+        dense: whether the activations must be stored row after row.
+        quant_rounding: the one way in which it applies a scale; None: any.
+        quant_dtypes: dtypes of the codes; empty: any.
+        min_scale: the least scale of a row, if it is built into the kernel.
         bounds_largest: whether it takes a bound on the largest element of a row (`scale_ub`).
     """
 
@@ -98,7 +98,7 @@ class Gate:
         )
 
     def limits(self) -> tuple[str, ...]:
-        """What it takes, for a person."""
+        """Its limits, for a person."""
         sizes = [f"a multiple of {self.row_bytes}"] if self.row_bytes > 1 else []
         sizes += [f"from {self.least_row_bytes}"] if self.least_row_bytes else []
         sizes += [f"up to {self.most_row_bytes}"] if self.most_row_bytes is not None else []
@@ -165,7 +165,7 @@ class Gate:
         return None
 
     def _row_bytes(self, m: Any) -> int:
-        """What a row's bytes are a multiple of, for given arguments."""
+        """The divisor of a row's bytes, for given arguments."""
         return self.row_bytes
 
     def _size(self, taken: str, expected: str, x: Tensor) -> Refusal:
@@ -190,7 +190,7 @@ class Gate:
         )  # fmt: skip
 
     def _machine(self, name: str) -> Refusal | None:
-        """Why a group isn't served whose ranks would have to write to each other's memory, or None."""
+        """The refusal of a group whose ranks can't write to each other's memory, or None."""
         others = elsewhere(name)
         if not others:
             return None
@@ -217,10 +217,10 @@ class Gate:
 
 @dataclass(frozen=True, kw_only=True)
 class Unshared:
-    """The check of a kernel whose ranks can't share memory, as they found out when they tried.
+    """The check of a kernel whose ranks tried to share memory and couldn't.
 
     Attributes:
-        why: what they found.
+        why: the reason they found.
     """
 
     why: str

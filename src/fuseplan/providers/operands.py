@@ -1,4 +1,4 @@
-"""Operands as libraries' row kernels read and write them: rows of elements side by side, by loads of 16 bytes."""
+"""Operands in the form that libraries' row kernels need: contiguous rows, aligned to loads of 16 bytes."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -9,21 +9,21 @@ from torch import Tensor
 from fuseplan.dialect import DialectOp
 
 ACCESS_BYTES: Final = 16
-"""Of one load or store."""
+"""Bytes of one load or store."""
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """[rows, width], contiguous: a view wherever it can be one."""
+    """[rows, width], contiguous: a view where possible."""
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x where a load may start."""
+    """x, or a copy at an address that loads may start at."""
     return x if x.data_ptr() % ACCESS_BYTES == 0 else x.clone()
 
 
 def by_names(op: DialectOp, run: Callable[[Any], Any]) -> Callable[..., Any]:
-    """A kernel that takes an op's arguments as attributes by their names, as one that takes them in the op's order."""
+    """Turns a kernel that takes an op's arguments as named attributes into one that takes them in the op's order."""
     names = op.arguments
 
     def kernel(*arguments: Any) -> Any:

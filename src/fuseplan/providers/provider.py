@@ -1,7 +1,7 @@
-"""What a provider of fused ops says of itself, in one record: whom it serves, what it needs, takes, rounds and costs.
+"""`Provider`, the record of a provider of fused ops: its devices, requirements, limits, rounding and cost.
 
-vLLM asks `rocm_aiter_ops.is_enabled()` in an `if` ladder of its pass manager; here each provider answers for
-itself, and the answer carries its reason.
+vLLM asks `rocm_aiter_ops.is_enabled()` in an `if` ladder of its pass manager; here each provider answers for itself,
+and gives a reason.
 """
 
 import importlib.metadata
@@ -24,7 +24,7 @@ from fuseplan.record import Reason, Refusal
 from fuseplan.record.text import one_line
 
 Needs = Callable[[Callable[[], Any], TorchDispatchMode], frozenset[object]]
-"""What distinguishes the machine code that a call needs, of what calls it and a mode in which tensors have no data."""
+"""A key of the machine code that a call needs, from the call and a mode in which tensors have no data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,29 +34,29 @@ class Provider:
     Attributes:
         name: unique.
         description: for a person.
-        vendors: whose devices it serves.
-        package: the Python package it needs, None where fuseplan's own requirements bring it.
+        vendors: the vendors of the devices it serves.
+        package: the Python package it needs; None if fuseplan's own requirements include it.
         distribution: the name under which the package is installed, where it differs.
-        oldest: the first version of it that will do, where that matters.
+        oldest: the first supported version of the package, if there is one.
         install: what to do where the package is missing or too old.
         implements: the fused ops, by name, that fuseplan runs by it.
-        prices: further fused ops, by name, that its library has and that the cost model prices, but that fuseplan
-            does not call yet: they are candidates where a plan is only explained.
-        runs_alone: whether collective kernels use fuseplan's own workspaces: one rank can run those by itself, in
+        prices: further fused ops, by name, that its library has and the cost model prices, but that fuseplan doesn't
+            call yet: they are candidates where a plan is only explained.
+        runs_alone: whether its collective kernels use fuseplan's own workspaces: one rank can run those by itself, in
             `distributed.workspace.loopback`. Others are verified by all ranks of a group together, before the first
             run.
-        timing: how the cost model prices its kernels; None: it doesn't know them, and offers without a cost are no more
-            than assumed to save anything.
-        available: a function that returns None, or why the provider can't run on this machine; None: its package is
-            all that it needs.
-        untested: on what its kernels have not been run, for a person; None where they have been.
-        needs: what distinguishes the machine code that a call of its kernels needs, on tensors without data and in
-            their mode; None: its code doesn't follow from sizes.
-        compile_ahead: compiles what calls of its kernels need, all at once, and runs none; None: each is compiled when
-            it is first called.
-        uuid: of a user's provider: what distinguishes its kernels and checks from former ones, or a function that
-            returns it; compiled graphs are cached under it. None: each of these functions has a `uuid` of its own, or
-            graphs are not cached.
+        timing: how the cost model prices its kernels; None: it doesn't know them, and offers without a cost are only
+            assumed to save time.
+        available: a function that returns None, or why the provider can't run on this machine; None: it needs only its
+            package.
+        untested: the hardware that its kernels haven't been run on, for a person; None if they have been run.
+        needs: a key of the machine code that a call of its kernels needs, from tensors without data and their mode;
+            None: its code doesn't depend on sizes.
+        compile_ahead: compiles the code for all given calls of its kernels at once, and runs none; None: code is
+            compiled at the first call.
+        uuid: for a user's provider, a value, or a function that returns one, that changes with its kernels and checks;
+            compiled graphs are cached under it. None: each of these functions has a `uuid` of its own, or graphs aren't
+            cached.
     """
 
     name: str
@@ -77,11 +77,11 @@ class Provider:
     uuid: Any = None
 
     def offers(self, device: DeviceProfile | None = None) -> Mapping[str, Offer]:
-        """The fused ops that are candidates: for another device than this one, those that are only priced too."""
+        """The fused ops that are candidates; for a device other than this one, also the ops that are only priced."""
         return self.implements if device is None else {**self.prices, **self.implements}
 
     def runs(self, op: str) -> bool:
-        """Whether a fused op, by name, is applied where it is planned: one that is only priced is not."""
+        """Whether a planned fused op, by name, is applied; ops that are only priced are not."""
         return op in self.implements
 
     def unavailable(self, device: DeviceProfile | None = None) -> Refusal | None:
@@ -104,14 +104,14 @@ class Provider:
         return self._outdated() or self._unready()
 
     def _unready(self) -> Refusal | None:
-        """Why its owner says that it can't run here, or None."""
+        """The refusal by its owner's `available`, or None."""
         if self.available is None:
             return None
         try:
             why = self.available()
         except Exception as error:
-            what = f"{type(error).__name__}: {one_line(error)}"
-            raise ConfigError(f"can't tell whether {self.name} is available: {what}") from error
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise ConfigError(f"can't tell whether {self.name} is available: {reason}") from error
         if why is not None and not isinstance(why, str):
             raise ConfigError(
                 f"available() of {self.name} returns {one_line(repr(why), 80)}: allowed are None and a line that says "
@@ -120,7 +120,7 @@ class Provider:
         return None if why is None else self._refuse(one_line(why), mend=self.install or None)
 
     def _outdated(self) -> Refusal | None:
-        """Why the package that is installed won't do, or None."""
+        """The refusal of the installed package, or None."""
         if self.oldest is None:
             return None
         name, version = self.distribution or self.package, self.version()
@@ -133,7 +133,7 @@ class Provider:
         return self._refuse(detail, mend=self.install)
 
     def version(self) -> str | None:
-        """The version of the package it needs, None where it needs none or the package is not installed."""
+        """The version of the package it needs; None if it needs none or the package isn't installed."""
         if self.package is None:
             return None
         try:
@@ -158,33 +158,31 @@ def provider_of(
     cost: Cost | Timing | None = None,
     uuid: Any = None,
 ) -> Provider:
-    """A provider of one's own: it runs fused ops by given kernels.
+    """A custom provider, which runs fused ops by the given kernels.
 
     Args:
         name: unique among the providers given together.
-        kernels: by fused op; a kernel takes and yields what the op's reference does.
+        kernels: kernels by fused op; a kernel has the arguments and results of the op's reference.
         description: for a person.
-        vendors: whose devices it serves.
-        accepts: a check of arguments, as `Bindings`: None, or why it refuses them.
+        vendors: the vendors of the devices it serves.
+        accepts: a check of arguments, as `Bindings`, that returns a refusal or None.
         roundings: the conventions that the kernels compute, of `Rounding`, `ActivationRounding` or `AttentionRounding`;
-            a graph that rounds otherwise is refused, unless `allow_rounding_changes` is set. None: whichever they are
-            asked for.
-        most_rows: how many rows of its first tensor a kernel takes, for given arguments, as attributes by the names
-            that the op's schema has; a call of more runs the op's reference. None: any number.
-        available: a function that returns None, or in one line why the kernels can't run on this machine, which
-            reports then say. It isn't asked where another device is planned for. None: they run wherever a device of
-            `vendors` is.
-        cost: what a call takes: a `Timing` such as `ONE_KERNEL`, by which fuseplan's own kernels are priced; a
-            `KernelCost`; microseconds; or a function of the arguments, as `Bindings` whose tensors have numbers for
-            sizes and no data, that returns microseconds. None: not declared; the ops aren't applied before they
-            were measured, unless they are forced or the policy is `ordered`. A `Timing` prices ops that fuseplan has
-            kernels for; another op it prices as `KernelCost()`.
-        uuid: what distinguishes the kernels and the check from former ones, such as a version or a hash of their
-            source, or a function that returns it. Without it graphs are compiled, and kernels verified, at every start.
+            a graph with another rounding is refused, unless `allow_rounding_changes` is set. None: any requested one.
+        most_rows: the most rows of its first tensor that a kernel takes, as a function of the arguments, which are
+            attributes named as in the op's schema; a call with more runs the op's reference. None: any number.
+        available: a function that returns None, or one line for reports on why the kernels can't run on this machine.
+            It isn't called if the plan is for another device. None: they run on any device of `vendors`.
+        cost: the cost of a call: a `Timing` such as `ONE_KERNEL`, as for fuseplan's own kernels; a `KernelCost`;
+            microseconds; or a function that returns microseconds, given the arguments as `Bindings` whose tensors have
+            no data and numbers as sizes. None: not declared; the ops aren't applied until they are measured, unless
+            they are forced or the policy is `ordered`. A `Timing` prices ops that fuseplan has kernels for, and any
+            other op as `KernelCost()`.
+        uuid: a value that changes with the kernels and the check, such as a version or a hash of their source, or a
+            function that returns it. Without it, graphs are compiled and kernels verified at every start.
 
     Raises:
-        RuleError: a kernel of that name is registered for one of the ops already.
-        ConfigError: an argument is none of these, or a convention or a vendor isn't known.
+        RuleError: a kernel of that name is already registered for one of the ops.
+        ConfigError: an argument is none of these, or a convention or a vendor is unknown.
     """
     served = _served(vendors)
     for argument, value in (("accepts", accepts), ("most_rows", most_rows), ("available", available)):
@@ -227,10 +225,10 @@ def _conventions(given: Iterable[str]) -> frozenset[str]:
 
 
 def without_shared_memory(providers: Iterable[Provider], why: str) -> list[Provider]:
-    """The same without the collective kernels that use fuseplan's own workspaces; `why` is the reason.
+    """The providers without the collective kernels that use fuseplan's own workspaces.
 
     Args:
-        providers: any.
+        providers: any providers.
         why: why the ranks can't have such memory.
     """
 

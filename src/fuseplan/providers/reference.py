@@ -1,4 +1,4 @@
-"""The reference of every fused op, which is plain PyTorch: correct on any device, and not fast."""
+"""The reference of every fused op in plain PyTorch: correct on any device, but not fast."""
 
 from typing import Final
 

@@ -14,4 +14,4 @@ BUILT_IN_PROVIDERS: Sequence[Provider] = (
 )
 
 ENGINE_PROVIDERS: Sequence[Provider] = (vllm_c.PROVIDER,)
-"""Those whose kernels an engine's process has and no other: what integrates the engine adds them."""
+"""Providers whose kernels exist only in an engine's process; the engine's integration adds them."""

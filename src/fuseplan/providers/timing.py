@@ -1,4 +1,4 @@
-"""How the cost model prices a provider's kernels before anybody has measured them."""
+"""The cost model's prices for a provider's kernels until they are measured."""
 
 from dataclasses import dataclass
 from typing import Final, get_args
@@ -11,21 +11,21 @@ from fuseplan.rules.parts.attention.traffic import Heads
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """A fused op as one kernel that reads and writes what the op must, wherever it runs.
+    """Prices a fused op as one kernel with the minimum of reads and writes, on any device.
 
-    An all-reduce within the op exchanges rows by constants of the device. Where these are of one kernel (`Peers`), it
-    is priced as the faster of one shot and two; where they are of a library that chooses between one stage and two
-    (`Aiter`), as that library chooses; where the device has none, as by those of fuseplan's own kernels; and where it
-    hasn't these either, as one kernel after the all-reduce of torch.distributed.
+    An all-reduce within the op exchanges rows at a price from constants of the device. With those of one kernel
+    (`Peers`), the price is the faster of one-shot and two-shot; with those of a library that chooses between one stage
+    and two (`Aiter`), it follows the library's choice. A device without these constants uses those of fuseplan's own
+    kernels, and without those, the price is one kernel after the all-reduce of torch.distributed.
 
     Attributes:
-        eager: it is no kernel but the reference, op by op in eager mode.
-        exchange: the constants by which ranks exchange rows, as a field of `Hardware`.
-        heads: how an attention kernel reads keys and values that several heads of queries share.
-        times: how many times as long as a kernel at the memory's bandwidth its kernels take.
+        eager: whether it is the reference, op by op in eager mode, and no kernel.
+        exchange: the constants for exchanging rows between ranks, a field of `Hardware`.
+        heads: how an attention kernel reads keys and values that several query heads share.
+        times: the time of its kernels, as a multiple of a kernel at memory bandwidth.
 
     Raises:
-        ConfigError: no such constants, or no such way to read heads, are known, or `times` isn't at least 1.
+        ConfigError: unknown constants, an unknown way to read heads, or `times` below 1.
     """
 
     eager: bool = False
@@ -43,4 +43,4 @@ class Timing:
 
 
 ONE_KERNEL: Final = Timing()
-"""As fuseplan's own Triton kernels are priced, but for attention, whose keys these split."""
+"""The timing of fuseplan's own Triton kernels, except for attention, where they split the keys."""

@@ -1,4 +1,4 @@
-"""What a fusion is, and which of them a configuration leaves on."""
+"""The interface of a fusion rule, and the rules that a configuration leaves on."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,15 +14,14 @@ def by_name(rules: Sequence[Rule]) -> dict[str, tuple[Rule, ...]]:
 
 
 def _content(rule: Rule) -> tuple[str, str]:
-    """What members of a rule differ in."""
+    """A sort key that tells the members of a rule apart."""
     return rule.op.name, rule.describe()
 
 
 def enabled_rules(config: PassConfig, rules: Sequence[Rule]) -> Mapping[str, tuple[Rule, ...]]:
     """The rules that a configuration leaves on, by name.
 
-    Under `ordered(...)` those are the rules it lists; under `off` all whose flags aren't False, since they are
-    reported.
+    Under `ordered(...)` those are the rules it lists; under `off` every rule whose flags aren't False, for the report.
 
     Raises:
         RuleError: the two sides of a rule disagree.
@@ -54,23 +53,23 @@ def enabled_rules(config: PassConfig, rules: Sequence[Rule]) -> Mapping[str, tup
 
 
 def _asked_for_by(members: Sequence[Rule], rules: Sequence[Rule]) -> set[str]:
-    """The flags that have to be True for the members of a rule to be on: their own, and others that switch on a rule
-    which they stand for, too.
+    """The flags that must be True for the members of a rule to be on: their own opt-in flags, and the opt-in flags of
+    other rules that the members cover.
     """
     opt_ins = {rule.opt_in for rule in rules}
     return {flag for member in members if member.opt_in for flag in member.flags if flag in opt_ins}
 
 
 class EnabledRules:
-    """What a configuration leaves on, in all graphs and in small ones.
+    """The rules that a configuration leaves on, in all graphs and in small ones.
 
     Attributes:
-        always: on in every graph, by name.
-        disabled_by: of the rules that a flag switches off the first such flag, by name.
-        disabled: these rules.
-        overruled: of the opt-in flags that are True, a rule that another flag switches off, and that flag.
-        names: of all that were on in a graph so far.
-        every: all that may be on in one.
+        always: the rules that are on in every graph, by name.
+        disabled_by: the first flag that switches a rule off, by the rule's name.
+        disabled: the rules that a flag switches off, by name.
+        overruled: for an opt-in flag that is True, a rule that another flag switches off, and that flag.
+        names: names of the rules that were on in a graph so far.
+        every: the rules that may be on in some graph.
 
     Raises:
         RuleError, ConfigError: see `enabled_rules`.
@@ -96,8 +95,8 @@ class EnabledRules:
 
 
 def _default_tokens(config: PassConfig, members: Sequence[Rule], rules: Sequence[Rule], device: str) -> int:
-    """Tokens of a graph up to which an opt-in rule is on although nobody asked for it: under a policy that lists no
-    rules, where a flag that asks for it isn't given, and none of its others is False; 0: it isn't.
+    """The most tokens of a graph in which an opt-in rule is on by default; 0: it is off by default. It is on only under
+    a policy that lists no rules, where its opt-in flag isn't set and none of its other flags is False.
     """
     places = [rule.default_on for rule in members if rule.default_on is not None and device in rule.default_on.devices]
     given = {flag: getattr(config, flag) for rule in members for flag in rule.flags}

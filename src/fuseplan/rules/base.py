@@ -1,5 +1,4 @@
-"""`Rule`: what a fusion is. Declarative and stateless; no rule reads configuration, and no order among rules has a
-meaning."""
+"""`Rule`, the declaration of a fusion. Rules have no state and don't read configuration; their order has no meaning."""
 
 import inspect
 import operator
@@ -20,7 +19,7 @@ from fuseplan.record import Reason, Refusal
 
 
 class Bindings:
-    """What a pattern's variables were bound to: `m.x` is the fake tensor of a node, or a plain value.
+    """A match's bindings of the pattern's variables: `m.x` is the fake tensor of a node, or a plain value.
 
     Attributes:
         values: nodes and plain values by variable.
@@ -40,7 +39,7 @@ class Bindings:
         return tensor_of(value) if isinstance(value, fx.Node) else value
 
     def refuse(self, reason: Reason, variable: str, detail: str, mend: str | None = None) -> Refusal:
-        """The refusal of this match because of what `variable` was bound to."""
+        """The refusal of this match because of the binding of `variable`."""
         node = self.values[variable]
         nodes = (node.name,) if isinstance(node, fx.Node) else ()
         return Refusal(reason=reason, rule=self.rule, detail=detail, nodes=nodes, mend=mend)
@@ -66,8 +65,8 @@ class DefaultOn:
     """The graphs in which an opt-in rule is on by default: those for which its kernels were measured.
 
     Attributes:
-        most_tokens: of a graph, and rows of a product in it.
-        devices: by the names of their profiles.
+        most_tokens: the most tokens of a graph, and the most rows of a matrix product in it.
+        devices: names of device profiles.
     """
 
     most_tokens: int
@@ -75,24 +74,25 @@ class DefaultOn:
 
 
 class Rule:
-    """One fusion: where it matches, what it refuses, and what stands there afterwards.
+    """One fusion: its pattern, its refusals and its replacement.
 
-    A subclass gives `name`, `flags`, `op`, `pattern`, `replacement`, unless the fused op takes variables by their names
-    and yields what the pattern does, and, where something can't be seen in the pattern, `check`. Variables bind by
-    parameter name; epsilons, widths, groups and dtypes are variables like tensors. A `uuid`, a method or a value,
-    changes with what these functions do: compiled graphs are cached under it, or else not at all.
+    A subclass gives `name`, `flags`, `op` and `pattern`. It gives `replacement` unless the fused op takes variables by
+    name and yields the pattern's values, and `check` where the pattern alone can't express a condition. Variables bind
+    by parameter name; epsilons, widths, groups and dtypes are variables like tensors. `uuid`, a method or a value, has
+    to change with the behaviour of these functions: compiled graphs are cached under it, and not at all without it.
 
     Attributes:
         name: shared by the members of a family, e.g. `allreduce_rms`.
-        flags: the flags of `PassConfig` that must all be on; none: it is on wherever it is handed over.
+        flags: the flags of `PassConfig` that must all be on; none: it is on wherever it is passed in.
         op: the fused op, whose providers the plan chooses from.
-        core: the dialect op that this fusion takes and others may want too.
-        requires: rules of which every match that shares a value with one of this rule must be applied with it, by the
-            same provider; e.g. where a kernel leaves its result in a layout that only another one reads.
-        together: whether all matches of the rule in a graph are applied, or none.
-        opt_in: the flag that has to be True for it to be on, unless a policy lists it, or `default_on` says otherwise;
-            None: it is on where none of its flags is False.
-        default_on: where an opt-in rule is on by default all the same; None: nowhere.
+        core: the dialect op that this fusion takes and that other fusions may contend for.
+        requires: names of other rules. Each of their matches that shares a value with a match of this rule must be
+            applied with it, by the same provider; e.g. where only the other kernel reads the layout of this one's
+            result.
+        together: whether the matches of the rule in a graph are applied all or none.
+        opt_in: the flag that must be True for the rule to be on, unless a policy lists the rule or `default_on` covers
+            the graph; None: the rule is on where none of its flags is False.
+        default_on: the graphs in which an opt-in rule is on by default; None: no graphs.
     """
 
     name: str
@@ -109,8 +109,8 @@ class Rule:
         raise NotImplementedError
 
     def replacement(self, *variables: Any, **named: Any) -> Any:
-        """The same values in the same order, computed by the fused op; where a rule doesn't say how, by the fused op of
-        the variables that its schema names.
+        """The same values in the same order, computed by the fused op. By default, a call of the fused op with the
+        variables that its schema names.
 
         Raises:
             RuleError: a name in the schema isn't a variable of the pattern.
@@ -126,12 +126,12 @@ class Rule:
         return (results,) if count == 1 else tuple(results[index] for index in range(count))
 
     def check(self, m: Bindings) -> Refusal | None:
-        """Why a match that the pattern admits must be refused, or None."""
+        """The refusal of a match that the pattern admits, or None."""
         return None
 
     def takes(self, core: fx.Node, consumed: Collection[fx.Node]) -> bool:
-        """Whether a match that the pattern admits is for this rule; if not, another one is there for such matches, and
-        nothing is reported of this one.
+        """Whether this rule takes a match that the pattern admits. If not, another rule takes it, and nothing is
+        reported for this one.
 
         Args:
             core: the node that calls the rule's core.
@@ -141,7 +141,7 @@ class Rule:
 
     @property
     def variables(self) -> tuple[str, ...]:
-        """The pattern's parameters; where it takes any (`**bound`), also the fused op's, by the names in its schema."""
+        """The pattern's parameters; for a pattern with `**bound`, also the fused op's, by the names in its schema."""
         parameters = inspect.signature(self.pattern).parameters
         named = [name for name, each in parameters.items() if each.kind is not inspect.Parameter.VAR_KEYWORD]
         takes_any = len(named) < len(parameters)
@@ -167,7 +167,7 @@ class Rule:
         """The replacement as a graph, for variables bound to nodes or plain values.
 
         Raises:
-            RuleError: it yields another number of values than the pattern.
+            RuleError: it yields a different number of values than the pattern.
         """
         traced = _trace(self, self.replacement, values)
         expected = len(self.traced_pattern.outputs)
@@ -183,14 +183,14 @@ class Rule:
         """Traces pattern and replacement once, with a stand-in for every plain value.
 
         Raises:
-            RuleError: they disagree in outputs, the pattern isn't one region or lacks the core, or the name isn't one
-                word.
+            RuleError: they disagree in outputs, the pattern isn't one connected region or lacks the core, or the name
+                isn't one word.
         """
         return self._validated
 
     @cached_property
     def _validated(self) -> None:
-        """What `validate` does, once: every manager asks for it."""
+        """Validates once: every manager calls `validate`."""
         if not re.fullmatch(r"[A-Za-z_]\w*", self.name):
             raise RuleError(
                 f"rule {self.name!r} ({type(self).__name__}): a name is one word of letters, digits and underscores; "
@@ -206,18 +206,18 @@ class Rule:
 
     @cached_property
     def calls(self) -> tuple[fx.Node, ...]:
-        """The ops of the pattern, in its order; taking one of several results is no op."""
+        """The ops of the pattern, in its order, without `getitem`."""
         nodes = self.traced_pattern.graph.nodes
         return tuple(node for node in nodes if node.op == "call_function" and node.target is not operator.getitem)
 
     @cached_property
     def required_ops(self) -> frozenset[Any]:
-        """The overloads that its pattern calls: a graph that doesn't call all of them has no match."""
+        """The overloads that the pattern calls: a graph that lacks one of them has no match."""
         return frozenset(node.target for node in self.calls if isinstance(node.target, torch._ops.OpOverload))
 
     @property
     def is_composed(self) -> bool:
-        """Whether it does in one op what several simpler rules do, each with a flag of its own."""
+        """Whether its one op covers several simpler rules, each with a flag of its own."""
         return len(self.flags) > 1
 
     def describe(self) -> str:
@@ -232,10 +232,10 @@ def op_text(target: Any) -> str:
 
 
 _STAND_INS: dict[str, Any] = {"int": 1, "float": 1.0, "str": "", "bool": False}
-"""A plain value for each type of a schema's argument that isn't a tensor."""
+"""A plain value for each non-tensor type of a schema's arguments."""
 
 _NODE = object()
-"""Marks a variable that is traced; anything else is a plain value that the function receives as it is."""
+"""Marks a traced variable; any other value is passed to the function as it is."""
 
 
 def _trace(rule: Rule, function: Any, values: Mapping[str, Any]) -> Traced:

@@ -1,4 +1,4 @@
-"""Fused ops against the unfused ones they stand for: poisoned memory, a float64 oracle, every compile range."""
+"""Checks fused ops against the unfused ops they replace: poisoned memory, a float64 oracle, every compile range."""
 
 from fuseplan.verification.together import verify_together
 from fuseplan.verification.verifier import Verifier

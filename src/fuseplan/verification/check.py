@@ -1,4 +1,4 @@
-"""One rule by one provider on one set of arguments, against the unfused ops."""
+"""Checks one rule by one provider on one set of arguments, against the unfused ops."""
 
 import contextlib
 import math
@@ -32,11 +32,11 @@ from fuseplan.verification.steps import Stepped
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What came of one set of arguments.
+    """The result of a check on one set of arguments.
 
     Attributes:
-        wrong: what is wrong, with its numbers; None where nothing is.
-        worst: the largest error as a share of what is allowed.
+        wrong: the error, with its numbers; None: no error.
+        worst: the largest deviation as a share of the allowed one.
     """
 
     wrong: str | None
@@ -58,18 +58,18 @@ def check(
 
     Args:
         rule: the fusion.
-        provider: whose kernel runs the fused op.
+        provider: the provider of the fused op's kernel.
         case: the arguments.
         seed: equal seeds draw equal arguments.
-        unfused: plain values that the graph has in place of those of the case, where a kernel rounds elsewhere.
-        region: what the match stands for in the graph, if it is of one: what it computes is held against the same
-            exact values, and how its results lie in memory against how the kernel's do.
-        free: places of results whose layout nobody in the graph reads, or of which it gets a copy.
-        rank: of this process among those that check in lock step, with one seed: what is summed over the ranks is
-            drawn anew on each of them. None: this process checks alone, and takes the others to hold what it holds.
+        unfused: plain values of the graph that replace those of the case, where a kernel rounds elsewhere.
+        region: the region of the graph that the match replaces, if there is one: its values are compared with the same
+            exact values, and the kernel's results must have its strides, offsets and aliasing.
+        free: indices of results whose layout nothing in the graph reads, or that it gets as copies.
+        rank: the rank of this process among those that check in lock step, with one seed: tensors that are summed over
+            the ranks are drawn anew on each. None: this process checks alone, as if all ranks had its values.
 
     Raises:
-        Exception: whatever the kernel raises.
+        Exception: any error of the kernel.
     """
     trial = Trial(rule, provider, case, seed=seed, unfused=unfused, rank=rank)
     trial.draw()
@@ -78,7 +78,7 @@ def check(
 
 
 class Trial:
-    """`check` step by step, in this order: other ranks are met in `expect` and in `run`, and in nothing else."""
+    """`check` in steps, to be run in this order; only `expect` and `run` communicate with other ranks."""
 
     def __init__(
         self, rule: Rule, provider: str, case: Case, *, seed: int, unfused: Mapping[str, Any] | None, rank: int | None
@@ -92,7 +92,7 @@ class Trial:
         self.inputs, self.guarded = _fresh(self.rule, self.case, self.seed, self.rank)
 
     def expect(self) -> None:
-        """Runs the unfused ops, as they are and in float64."""
+        """Runs the unfused ops in their own dtypes and in float64."""
         graphs = {**self.inputs, **self.unfused}
         with torch.no_grad(), _meeting(self.rank):
             quantised = self.stepped.node if self.stepped is not None else None
@@ -100,10 +100,10 @@ class Trial:
             self.precise, self.given_exactly = exact(self.rule, graphs, quantised)
 
     def run(self, region: Region | None = None, free: Collection[int] = ()) -> Finding:
-        """Runs the kernel, and what the match stands for in the graph, if it is of one."""
+        """Runs the kernel and, if there is one, the region of the graph that the match replaces."""
         rule, inputs, expected = self.rule, self.inputs, self.expected
         watch = _Watched(rule.op, rule.op.kernel(self.provider), self.guarded)
-        with torch.no_grad():  # and no mode while results are compared, which is thousands of ops
+        with torch.no_grad():  # no mode during comparisons, which take thousands of ops
             for device in {each.device for each in expected}:
                 poison_allocator(device, max(each.nbytes for each in expected))
             try:
@@ -123,21 +123,21 @@ class Trial:
                 return replace(finding, wrong=wrong)
             return finding
 
-    def _compared(self, actual: Sequence[Tensor | None], what: str) -> Finding:
+    def _compared(self, actual: Sequence[Tensor | None], prefix: str) -> Finding:
         rule, kinds = self.rule, _of_other_kinds(actual, self.expected)
         if kinds is not None:
-            return Finding(wrong=what + kinds)
+            return Finding(wrong=prefix + kinds)
         if self.stepped is not None:
             actual, wrong = self.stepped.settled(
                 actual, self.expected, self.given, self.given_exactly, rule.op.error_factor
             )
             if wrong is not None:
-                return Finding(wrong=what + wrong)
-        return _compared(rule, actual, self.expected, self.precise, what)
+                return Finding(wrong=prefix + wrong)
+        return _compared(rule, actual, self.expected, self.precise, prefix)
 
 
 def repeated(rule: Rule, provider: str, case: Case, *, seed: int, times: int = 3) -> bool:
-    """Whether equal arguments give equal bits every time; an error that moves is a race."""
+    """Whether equal arguments give equal bits every time; different bits mean a race."""
     runs = []
     with torch.no_grad(), _meeting(None):
         for _ in range(times):
@@ -148,14 +148,14 @@ def repeated(rule: Rule, provider: str, case: Case, *, seed: int, times: int = 3
 
 
 def call_without_data(rule: Rule, provider: str, case: Case) -> None:
-    """Calls a kernel as `check` does, with arguments of whatever content: for who looks at what it launches."""
+    """Calls a kernel like `check`, with arguments of any content, for callers that inspect its launches."""
     with torch.no_grad(), _meeting(None):
         fused(rule, undrawn(case), rule.op.kernel(provider))
 
 
 @contextlib.contextmanager
 def _meeting(rank: int | None) -> Iterator[None]:
-    """How all-reduces are run: as if every rank held what this one does, or, with a rank, with all of them."""
+    """Runs all-reduces as if every rank had this one's values; given a rank, runs them with all ranks."""
     if rank is not None:
         with Gathered():
             yield
@@ -175,7 +175,7 @@ def _of_other_kinds(actual: Sequence[Tensor | None], expected: Sequence[Tensor])
 
 
 def _compared(
-    rule: Rule, actual: Sequence[Tensor | None], expected: Sequence[Tensor], precise: Sequence[Tensor], what: str
+    rule: Rule, actual: Sequence[Tensor | None], expected: Sequence[Tensor], precise: Sequence[Tensor], prefix: str
 ) -> Finding:
     worst = 0.0
     for index, (got, wanted, true) in enumerate(zip(actual, expected, precise, strict=True)):
@@ -185,12 +185,12 @@ def _compared(
         worst = max(worst, deviation.share)
         if deviation.share > 1:
             share = deviation.share if math.isfinite(deviation.share) else None
-            return Finding(wrong=f"{what}result {index}: {deviation.text}", worst=share)
+            return Finding(wrong=f"{prefix}result {index}: {deviation.text}", worst=share)
     return Finding(wrong=None, worst=worst)
 
 
 def _fresh(rule: Rule, case: Case, seed: int, rank: int | None = None) -> tuple[dict[str, Any], list[Guarded]]:
-    """Random arguments, and the buffers that they lie in."""
+    """Random arguments, and the buffers that hold them."""
     made = make_arguments(case.arguments, rule.op.draw, seed)
     if rank is not None:
         own = make_arguments(case.arguments, rule.op.draw, seed + 1 + rank)
@@ -199,7 +199,7 @@ def _fresh(rule: Rule, case: Case, seed: int, rank: int | None = None) -> tuple[
 
 
 def _summed(rule: Rule) -> list[str]:
-    """The variables of a rule that are summed over the ranks, and so differ among them."""
+    """The variables of a rule that are summed over the ranks, and so differ between them."""
     traced = rule.traced_pattern
     called = ((node, ops.of(node.target)) for node in traced.graph.nodes)
     read = {node.args[0] for node, op in called if op is not None and op.collective}
@@ -207,17 +207,17 @@ def _summed(rule: Rule) -> list[str]:
 
 
 class _MisbehavedError(Exception):
-    """A kernel did what a function of its arguments doesn't do."""
+    """A kernel didn't behave like a function of its arguments."""
 
 
 class _Watched:
-    """A kernel that is watched for what a function of its arguments doesn't do."""
+    """A kernel, watched for behaviour that a function of its arguments doesn't have."""
 
     def __init__(self, op: DialectOp, kernel: Callable[..., Any], guarded: Sequence[Guarded]) -> None:
         self.op, self.kernel, self.guarded = op, kernel, guarded
 
     def __call__(self, *args: Any) -> Any:
-        # What it may write to is a copy, since others run on these arguments too.
+        # It writes to copies, since others run on these arguments too.
         copies = {name: self._guarding(given).copied() for name, given in self._written_of(args)}
         given = [
             copies[name].tensor if name in copies else each for name, each in zip(self.op.arguments, args, strict=True)
@@ -267,7 +267,7 @@ class _Watched:
 
 
 def _on_copies(op: DialectOp, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel as a function that writes to none of its arguments, and yields what they would hold."""
+    """A kernel as a function that leaves its arguments alone and yields their updated values."""
     if not op.writes:
         return kernel
 
@@ -284,7 +284,9 @@ def _on_copies(op: DialectOp, kernel: Callable[..., Any]) -> Callable[..., Any]:
 def _of_another_kind(
     rule: Rule, inputs: Mapping[str, Any], actual: Sequence[Tensor], expected: Sequence[Tensor]
 ) -> str | None:
-    """Dtypes, shapes and strides: those of the unfused ops, and those that the fake promised Inductor."""
+    """The difference of the results' dtypes, shapes and strides from the unfused ops' or from the fake
+    implementation's, which Inductor relies on; or None.
+    """
     promised = _fake(rule, inputs)
     for index, (got, wanted, fake) in enumerate(zip(actual, expected, promised, strict=True)):
         if (got.dtype, got.shape, got.device) != (wanted.dtype, wanted.shape, wanted.device):

@@ -1,10 +1,10 @@
-"""How far a fused op's results are off, as a share of what is allowed.
+"""The deviation of a fused op's results, as a share of the allowed deviation.
 
     allowed = factor * max over the row of |reference - exact| + one unit in the last place of exact
 
-Where a row is one element, such as the scale of a token, the reference may have been lucky in it: there the largest
-relative error of all rows counts. Codes, of fp8 and of fp4, may be one step further apart than the reference's are in
-that row; integers and truths not at all.
+Where a row is one element, such as the scale of a token, the reference may be exact by luck: there the largest relative
+error of all rows counts. Codes of fp8 and fp4 may deviate by one step more than the reference's in that row; integers
+and booleans not at all.
 """
 
 import math
@@ -22,8 +22,8 @@ class Deviation:
     """The worst element of one result.
 
     Attributes:
-        share: its error over what is allowed; more than 1.0 is too much.
-        text: its place, its value, and what it should be.
+        share: its error over the allowed one; more than 1.0 is too much.
+        text: its index, its value, and the right value.
     """
 
     share: float
@@ -34,11 +34,11 @@ def compare(actual: Tensor, reference: Tensor, exact: Tensor, factor: float, *, 
     """The worst element of a result.
 
     Args:
-        actual: what the fused op yields, [..., n].
-        reference: what the unfused ops yield, in the same dtype and shape.
-        exact: the same in float64 (in the dtype of `actual` where that is fp8 or no float).
-        factor: how many times the reference's own error is allowed.
-        is_packed: whether bytes are two codes in e2m1 each. Then the elements are codes, as so many steps from 0.
+        actual: a result of the fused op, [..., n].
+        reference: the result of the unfused ops, in the same dtype and shape.
+        exact: that result in float64 (in the dtype of `actual` where that is fp8 or no float).
+        factor: the allowed multiple of the reference's own error.
+        is_packed: whether bytes are two codes in e2m1 each. The elements are then codes, counted in steps from 0.
     """
     if is_packed:
         actual, reference, exact = (_steps(each) for each in (actual, reference, exact))
@@ -64,13 +64,13 @@ def compare(actual: Tensor, reference: Tensor, exact: Tensor, factor: float, *, 
 
 
 ROUNDED_ALIKE = 2.0
-"""The factor of ops that round where their references do. Of those that accumulate in another order the reference may
-be exact by luck, in a row of few elements, and counts as half a unit off.
+"""The factor of ops that round where their references do. For ops that accumulate in another order, the reference may
+be exact by luck in a row of few elements, and counts as half a unit off.
 """
 BLOCK = 2**17
-"""Elements that are looked at together: few enough for a processor's cache to hold all that is computed of them."""
+"""Elements compared at a time: few enough for a processor's cache to hold all intermediate values."""
 BLOCK_ON_GPU = 2**23
-"""There each of some hundred steps costs a launch, and 64 MB in float64."""
+"""Elements compared at a time on a GPU, where each of about a hundred steps costs a launch, and 64 MB in float64."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class _Block:
 
 
 def _block(actual: Tensor, reference: Tensor, exact: Tensor, factor: float, is_packed: bool) -> _Block:
-    """The worst element of some rows."""
+    """The worst element of a block of rows."""
     if is_packed:
         own, error = (reference - exact).abs(), (actual - exact).abs().double()
         allowed = (own.amax(-1, keepdim=True) + 1).expand_as(own).double()
@@ -125,24 +125,24 @@ def _floats(actual: Tensor, reference: Tensor, exact: Tensor, factor: float) -> 
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The bytes of its elements, one after the other."""
+    """The bytes of a tensor's elements, one after the other."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def unit_in_the_last_place(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance of neighbouring values of `dtype` at each element's magnitude: 2^floor(log2 |x|) * epsilon, and next
-    to zero the least number.
+    """The spacing of values of `dtype` at each element's magnitude: 2^floor(log2 |x|) * epsilon, and next to zero the
+    smallest number.
     """
     finfo = torch.finfo(dtype)
     _, exponent = torch.frexp(exact)
-    with torch.cuda.device_of(exact):  # torch's ldexp needs its tensors' device to be the current one
+    with torch.cuda.device_of(exact):  # torch's ldexp requires its tensors' device to be current
         spacing = torch.ldexp(torch.full_like(exact, finfo.eps), exponent - 1)
-    spacing = torch.where(exact == 0, 0.0, spacing)  # whose exponent is that of 0.5
+    spacing = torch.where(exact == 0, 0.0, spacing)  # frexp gives 0 the exponent of 0.5
     return spacing.clamp(min=finfo.smallest_normal * finfo.eps)
 
 
 def _codes(actual: Tensor, reference: Tensor, exact: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """Error and allowance in codes; the latter as much as makes the share that of the value, where this is less."""
+    """Error and allowance in codes; the allowance is raised where the share of the value's error is the smaller one."""
     true, value = _ordinal(exact), exact.double()
     own = (_ordinal(reference) - true).abs()
     error = (_ordinal(actual) - true).abs().double()
@@ -155,14 +155,14 @@ def _codes(actual: Tensor, reference: Tensor, exact: Tensor, factor: float) -> t
 
 
 def _ordinal(codes: Tensor) -> Tensor:
-    """fp8 codes as integers in the order of their values, both zeros 0."""
+    """fp8 codes as integers in the order of their values, with 0 for both zeros."""
     bits = codes.view(torch.uint8).int()
     magnitude = bits & 0x7F
     return torch.where(bits >= 0x80, -magnitude, magnitude)
 
 
 def _steps(pairs: Tensor) -> Tensor:
-    """[..., n] bytes as [..., 2 n] codes in e2m1, integers in the order of their values, both zeros 0."""
+    """[..., n] bytes as [..., 2 n] codes in e2m1, integers in the order of their values, with 0 for both zeros."""
     codes = torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2).int()
     magnitude = codes & 7
     return torch.where(codes >= 8, -magnitude, magnitude)

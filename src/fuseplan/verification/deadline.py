@@ -1,4 +1,4 @@
-"""Running somebody's code with a deadline."""
+"""Running other people's code with a deadline."""
 
 import threading
 from collections.abc import Callable
@@ -12,30 +12,30 @@ T = TypeVar("T")
 
 
 class AttemptError(Exception):
-    """It came to nothing; the text says why, of a kernel."""
+    """The attempt failed; the text says why, with a kernel as subject."""
 
 
 class DeadlineError(AttemptError):
-    """It took too long."""
+    """The attempt took too long."""
 
 
 def attempt(seconds: float, function: Callable[[], T], device: torch.device) -> T:
     """`within`, with errors as one clause.
 
     Raises:
-        AttemptError: `function` came to nothing.
+        AttemptError: `function` failed.
     """
     try:
         return within(seconds, function, device)
     except DeadlineError:
         raise
     except Exception as error:
-        raise AttemptError(_told(error)) from error
+        raise AttemptError(_clause(error)) from error
     except SystemExit as error:
         raise AttemptError(f"the kernel calls sys.exit({error.code!r})") from error
 
 
-def _told(error: Exception) -> str:
+def _clause(error: Exception) -> str:
     text = one_line(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
         return f"the kernel needs more memory than there is: {text}"
@@ -43,15 +43,15 @@ def _told(error: Exception) -> str:
 
 
 def within(seconds: float, function: Callable[[], T], device: torch.device) -> T:
-    """`function()`, in a thread of its own, which has none of the modes and contexts that a compilation puts up, and in
-    which the device of its tensors is the current one.
+    """`function()`, in a separate thread, which has none of the modes and contexts of a compilation, and in which the
+    device of its tensors is current.
 
-    A thread can't be stopped: one that is late is left behind, and ends with the process. One that holds the
-    interpreter's lock for ever holds up everybody.
+    A thread can't be stopped: a late one is left running, and ends with the process. One that never releases the
+    interpreter's lock blocks everything.
 
     Raises:
         DeadlineError: it took longer than `seconds`.
-        Exception: whatever `function` raises; also where it isn't an `Exception`, such as SystemExit.
+        Exception: any error of `function`, even if it isn't an `Exception`, such as SystemExit.
     """
     results: list[T] = []
     failures: list[BaseException] = []

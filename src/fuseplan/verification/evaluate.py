@@ -1,5 +1,5 @@
-"""A rule's two sides as functions: the pattern by the references of its ops, exactly, and the replacement by a
-provider's kernel.
+"""A rule's two sides as functions: the pattern by the references of its ops or exactly, the replacement by a provider's
+kernel.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,14 +17,12 @@ NARROW = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def reference(rule: Rule, arguments: Mapping[str, Any], also: fx.Node | None = None) -> tuple[list[Tensor], list[Any]]:
-    """(the values of the pattern, the arguments of a node in it), each op by its reference, rounding where the graph
-    rounds.
-    """
+    """(values of the pattern, arguments of a node in it), with each op by its reference and the graph's rounding."""
     return _evaluate(rule.traced_pattern, arguments, lambda target, args, kwargs: target(*args, **kwargs), also)
 
 
 def exact(rule: Rule, arguments: Mapping[str, Any], also: fx.Node | None = None) -> tuple[list[Tensor], list[Any]]:
-    """The same in float64, with no cast on the way, but to fp8, in which codes are compared."""
+    """The same in float64, without casts, except to fp8, in which codes are compared."""
     wide = {name: widened(value) for name, value in arguments.items()}
 
     def call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -34,14 +32,14 @@ def exact(rule: Rule, arguments: Mapping[str, Any], also: fx.Node | None = None)
 
 
 def widened(value: Any) -> Any:
-    """A tensor in float64, or that in the place of a dtype; what isn't narrower as it is."""
+    """Widens a tensor or a dtype narrower than float64 to float64; returns other values as they are."""
     if isinstance(value, Tensor):
         return value.double() if value.dtype in NARROW else value
     return torch.float64 if isinstance(value, torch.dtype) and value in NARROW else value
 
 
 def fused(rule: Rule, arguments: Mapping[str, Any], kernel: Callable[..., Any]) -> list[Tensor]:
-    """The values of the replacement, its fused op by `kernel`."""
+    """The values of the replacement, with its fused op run by `kernel`."""
     traced = rule.trace_replacement({name: _Placeholder.of(value) for name, value in arguments.items()})
     overload = rule.op.overload
 
@@ -52,7 +50,7 @@ def fused(rule: Rule, arguments: Mapping[str, Any], kernel: Callable[..., Any]) 
 
 
 class _Placeholder:
-    """Marks what the replacement is traced with."""
+    """A stand-in for the tensors that the replacement is traced with."""
 
     _node = fx.Graph().placeholder("argument")
 

@@ -1,6 +1,4 @@
-"""Other people's replacements, held against what they stand for: what each takes out of a graph and what it puts in,
-on the same random arguments.
-"""
+"""Checks other people's replacements against the regions they replace, both on the same random arguments."""
 
 import math
 import time
@@ -28,13 +26,15 @@ from fuseplan.verification.specs import Case, Sizes, TensorSpec, concrete
 from fuseplan.verification.telling import told
 
 ERROR_FACTOR = 2.0
-"""How many times the error of the graph's own ops a replacement may make, as ops of fuseplan's that say nothing."""
+"""The allowed multiple of the error of the graph's own ops; fuseplan's ops have the same by default."""
 
 FEWEST = 8
-"""Elements that have to change when an argument is rounded: that none of the replacement's does is no luck then."""
+"""The least number of the graph's elements that must change when an argument is rounded. If none of the replacement's
+changes, that is then no coincidence.
+"""
 
 ROUNDED_UP_TO, DRAWS = 300, 8
-"""Tokens up to which an argument is rounded, and how often it is drawn until enough elements have changed."""
+"""The most tokens at which arguments are rounded, and the most draws until enough elements have changed."""
 
 UNVERIFIED = "not verified: "
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -45,7 +45,7 @@ class Foreign:
 
     Args:
         mode: `first-use`, `always` or `off`.
-        deadline_s: seconds that one size may take.
+        deadline_s: the most seconds for one size.
     """
 
     def __init__(self, mode: str, deadline_s: float) -> None:
@@ -53,11 +53,11 @@ class Foreign:
         self._known: dict[str, tuple[Any, Verification]] = {}
 
     def verify(self, match: ExternalMatch, sizes: Sizes, span: tuple[int, int]) -> Verification:
-        """An outcome; of what can't be run it is that it has passed, and says why it wasn't run.
+        """The outcome; a match that can't be run passes, and the outcome says why it wasn't run.
 
         Args:
-            match: of somebody's pass.
-            sizes: of its graph.
+            match: a match of another pass.
+            sizes: sizes of its graph.
             span: first and last number of tokens.
         """
         outcome = Verification(
@@ -72,7 +72,7 @@ class Foreign:
             return replace(outcome, detail=f"{UNVERIFIED}{error}")
         outcome = replace(outcome, signature=question.signature)
         content = pass_content(match.owner)
-        # What its owner doesn't say the version of is known as long as it lives.
+        # The outcome of a pass without a version is remembered while the pass is alive.
         seed = outcomes.seed_of(question.key(content.digest))
         key = question.key(content.key or f"{content.digest} {id(match.owner.matcher)}")
         if key in self._known and self.mode == "first-use":
@@ -93,7 +93,7 @@ class Foreign:
             try:
                 attempt(self.deadline_s, trial.expect, case.device)
             except AttemptError as error:
-                why = str(error).replace("the kernel ", "what it stands for ", 1)
+                why = str(error).replace("the kernel ", "the region it replaces ", 1)
                 return replace(outcome, detail=f"{UNVERIFIED}{why} here", tokens=tuple(tokens))
             tokens.append(case.tokens)
             transient = False
@@ -118,7 +118,7 @@ class _Trial:
         self.question, self.case, self.seed = question, case, seed
 
     def expect(self) -> None:
-        """Runs the region, as it is and in float64."""
+        """Runs the region in its own dtypes and in float64."""
         self.given = self.fresh()
         self.expected = self.results_of(self.question.before, self.given)
         with torch.no_grad(), Loopback():
@@ -130,10 +130,10 @@ class _Trial:
         """Runs the replacement.
 
         Args:
-            thorough: whether arguments are rounded, too, to see whether that makes a difference.
+            thorough: whether to round arguments as well, to see whether that makes a difference.
 
         Returns:
-            (what is wrong, the largest error as a share of what is allowed).
+            (the error or None, the largest deviation as a share of the allowed one).
         """
         made = self.fresh()
         for device in {each.device for each in self.expected}:
@@ -153,7 +153,7 @@ class _Trial:
         return wrong or (self._rounded() if thorough else None), worst
 
     def fresh(self) -> dict[str, Any]:
-        """The arguments, in memory of their own."""
+        """Copies of the arguments."""
         return {name: each.copied() if isinstance(each, Guarded) else each for name, each in self._drawn.items()}
 
     @cached_property
@@ -170,7 +170,7 @@ class _Trial:
         return f"result {index} ({result.node.name})"
 
     def _kind(self, actual: Sequence[Any]) -> str | None:
-        """Dtypes, shapes and strides: those of the graph, and those that fake implementations promised."""
+        """The difference of dtypes, shapes and strides from the graph's or from the fake implementations'; or None."""
         for index, (got, own) in enumerate(zip(actual, self.expected, strict=True)):
             if not isinstance(got, Tensor):
                 return f"{self._name(index)} is a {type(got).__name__} and no tensor"
@@ -188,7 +188,7 @@ class _Trial:
         return None
 
     def _written(self, made: Mapping[str, Any]) -> str | None:
-        """What it writes to and the graph doesn't, or the other way round."""
+        """The error of an argument that only one of replacement and graph writes to, or that they leave different."""
         for name, mine in made.items():
             own = self.given[name]
             if not isinstance(mine, Guarded):
@@ -198,7 +198,7 @@ class _Trial:
             if not own.is_untouched:
                 deviation = compare(mine.tensor, own.tensor, _like(own.tensor, own.tensor), ERROR_FACTOR)
                 if deviation.share > 1:
-                    return f"what it leaves in its argument {name}: {deviation.text}"
+                    return f"the value left in its argument {name}: {deviation.text}"
             elif not mine.is_untouched and (reader := self.question.kept.get(name)) is not None:
                 later = f"{reader.name} reads later" if reader.op == "call_function" else "the caller has"
                 later = "the graph returns" if reader.op == "output" else later
@@ -206,7 +206,7 @@ class _Trial:
         return None
 
     def _rounded(self) -> str | None:
-        """An argument that it takes for one of fewer bits: rounding it changes what the graph computes, not this."""
+        """The error of an argument read in a narrower dtype: rounding it changes only the graph's results."""
         specs = {n: s for n, s in self.case.arguments.items() if isinstance(s, TensorSpec) and s.dtype in FLOATS}
         for name, spec in specs.items():
             for dtype in {each.dtype for each in specs.values() if each.dtype.itemsize < spec.dtype.itemsize}:
@@ -214,12 +214,12 @@ class _Trial:
                     short, own = (dtype_text(each) for each in (dtype, spec.dtype))
                     return (
                         f"it takes its argument {name}, {own}, for {short}: rounding it to {short} changes {changed} "
-                        "elements of what the graph computes, and none of what it does"
+                        "elements of the graph's results, and none of its own"
                     )
         return None
 
     def _changed(self, name: str, dtype: torch.dtype) -> int:
-        """Elements of the graph's own that change when an argument is rounded; 0 where any of the other's does."""
+        """The number of the graph's elements that change when an argument is rounded; 0 if the replacement's do."""
         changed = 0
         for draw in range(DRAWS):
             trial = _Trial(self.question, self.case, self.seed + draw)
@@ -242,12 +242,12 @@ class _Trial:
 
 
 def _differing(left: Tensor, right: Tensor) -> int:
-    """How many elements have other bits."""
+    """The number of elements with different bits."""
     return int((bits(left) != bits(right)).view(-1, left.element_size()).any(-1).sum())
 
 
 def _draw_of(spec: TensorSpec) -> Draw:
-    """What an argument is likely to be: a scale, a weight or activations."""
+    """A draw for the likely kind of an argument: a scale, a weight or activations."""
     rows = spec.shape[:-1]
     if math.prod(spec.shape) == 1 or (spec.dtype is torch.float32 and spec.shape[-1:] == (1,)):
         return draw_positive
@@ -255,14 +255,14 @@ def _draw_of(spec: TensorSpec) -> Draw:
 
 
 def _like(exact: Tensor, own: Tensor) -> Tensor:
-    """An exact value as `compare` takes it."""
+    """An exact value in the dtype that `compare` takes."""
     if own.dtype in FLOATS:
         return exact.double()
     return exact.to(own.dtype)
 
 
 def _largest(got: Tensor, own: Tensor) -> str:
-    """The largest differences from what the graph's own ops yield."""
+    """The largest differences from the results of the graph's own ops."""
     a, b = got.double().flatten(), own.double().flatten()
     finite = a.isfinite() & b.isfinite()
     off = (a - b).abs()[finite]

@@ -1,4 +1,4 @@
-"""Whether what leaves a region lies in memory as the graph's own values do: strides, offsets, and what is shared."""
+"""Whether a region's outputs keep the strides, offsets and aliasing of the graph's own values."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from fuseplan.verification.compare import described
 
 
 def significant_strides(tensor: Tensor) -> list[int]:
-    """Of the dimensions in which there is more than one element; others' mean nothing."""
+    """The strides of dimensions with more than one element; others are meaningless."""
     return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
 
 
@@ -20,14 +20,14 @@ def misplaced(
     free: Collection[int],
     given: Mapping[str, Any] | None = None,
 ) -> str | None:
-    """How results lie in memory otherwise than the graph's own do, or None.
+    """The first difference in strides, offset or aliasing from the graph's own values, or None.
 
     Args:
-        actual: what the replacement yields.
-        wanted: what the graph computes; None where no node has it.
-        inputs: by variable, of both.
-        free: places of results whose layout nobody reads, or of which a copy is made.
-        given: by variable, what the graph's own values were computed from, where that isn't `inputs`.
+        actual: results of the replacement.
+        wanted: the graph's values; None where no node has one.
+        inputs: the inputs of both, by variable.
+        free: indices of results whose layout nothing reads, or that are copied.
+        given: the inputs of the graph's own values, by variable, if they differ from `inputs`.
     """
     others: list[tuple[str, Tensor, Tensor]]
     tensors = [(name, each, (given or inputs)[name]) for name, each in inputs.items() if isinstance(each, Tensor)]
@@ -42,7 +42,7 @@ def misplaced(
                 return f"result {index} shares memory with {name}, and the graph's own value doesn't"
             if shares(own, before) and not shares(got, after):
                 return f"result {index} shares no memory with {name}, and the graph's own value does"
-        # Only now, since arguments lie inside guarded memory: what shares theirs has an offset that nobody else sees.
+        # Only now: arguments are inside guarded buffers, so offsets of their aliases differ from those in the graph.
         if got.storage_offset() != own.storage_offset():
             return _elsewhere(index, got, own)
         others.append((f"result {index}", got, own))
@@ -50,7 +50,7 @@ def misplaced(
 
 
 def shares(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors are parts of the same memory."""
+    """Whether two tensors share a storage."""
     same = left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
     return same and left.numel() > 0 and right.numel() > 0
 

@@ -1,6 +1,6 @@
-"""Memory that tells on whoever reads what was never written, or writes what isn't theirs.
+"""Memory that exposes reads of uninitialised memory and writes outside of a tensor.
 
-Arguments lie between margins of NaN, and whatever is allocated meanwhile is full of it.
+Arguments have margins of NaN, and every allocation is filled with NaN.
 """
 
 import math
@@ -32,11 +32,11 @@ ALLOCATIONS = frozenset(
 
 
 NANS = {torch.float8_e4m3fnuz: 0x80, torch.float8_e5m2fnuz: 0x80, torch.float8_e8m0fnu: 0xFF}
-"""The bytes that are NaN in formats of fp8 in which 0x7f is a number."""
+"""The byte of NaN in the fp8 formats in which 0x7f is a number."""
 
 
 def poison(tensor: Tensor) -> Tensor:
-    """Fills a tensor with NaN; one of integers with the largest, or 0x7f in bytes, and one of truths with True."""
+    """Fills a tensor with NaN; integers with the largest one, or 0x7f in bytes, and booleans with True."""
     if tensor.dtype is torch.bool:
         return tensor.fill_(True)
     if tensor.dtype.itemsize == 1:
@@ -47,7 +47,7 @@ def poison(tensor: Tensor) -> Tensor:
 
 
 class SeeingMode(TorchDispatchMode):
-    """A mode that is in force inside fuseplan's own ops too, which else would run their kernels without it."""
+    """A mode that stays active inside fuseplan's own ops, whose kernels would otherwise run without it."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -63,18 +63,18 @@ class SeeingMode(TorchDispatchMode):
             return kernel(*args, **(kwargs or {}))
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs an op that isn't fuseplan's."""
+        """Runs any op except fuseplan's."""
         raise NotImplementedError
 
 
 class Poisoned(SeeingMode):
-    """Whatever this thread allocates from Python is full of NaN."""
+    """Fills everything that this thread allocates from Python with NaN."""
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs an op; an allocation is poisoned.
 
         Raises:
-            MemoryError: the system has promised more memory than there is, and would end the process over its use.
+            MemoryError: the system has overcommitted its memory, and would kill the process for using it.
         """
         result = func(*args, **kwargs)
         if func not in ALLOCATIONS:
@@ -85,14 +85,14 @@ class Poisoned(SeeingMode):
 
 
 def physical_memory() -> float:
-    """Bytes of this machine's memory; infinite where the system doesn't tell."""
+    """Bytes of this machine's memory; infinite if the system doesn't report it."""
     if not hasattr(os, "sysconf"):
         return math.inf
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class Loopback(SeeingMode):
-    """All-reduces of this thread, as if every rank held what this one does: nothing is sent, and nobody waited for."""
+    """Runs this thread's all-reduces as if every rank had the same values, without sending or waiting."""
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs an op; an all-reduce is `reduced`."""
@@ -104,12 +104,12 @@ class Loopback(SeeingMode):
 
     def reduced(self, x: Tensor, group_name: Any) -> Tensor:
         """x times the number of ranks."""
-        return x.contiguous() * (group_size(str(group_name)) or 1)  # rows, as torch yields them
+        return x.contiguous() * (group_size(str(group_name)) or 1)  # contiguous, like torch's result
 
 
 class Gathered(Loopback):
-    """All-reduces of this thread as sums of what all ranks hold, gathered and added up here: exact in float64, and in
-    narrower dtypes rounded once. Every rank has to run the same.
+    """Runs this thread's all-reduces by gathering the values of all ranks and summing them here: exact in float64, and
+    in narrower dtypes rounded once. Every rank has to run the same.
     """
 
     def reduced(self, x: Tensor, group_name: Any) -> Tensor:
@@ -123,10 +123,10 @@ class Gathered(Loopback):
 
 
 def poison_allocator(device: torch.device, size: int) -> None:
-    """Leaves NaN in the blocks that a caching allocator hands out next, to kernels that don't ask Python for memory.
+    """Leaves NaN in the next blocks of a caching allocator, for kernels that don't allocate from Python.
 
     Args:
-        device: only those with a caching allocator are concerned.
+        device: has an effect on devices with a caching allocator.
         size: bytes of the largest block.
     """
     if device.type == "cuda":
@@ -136,12 +136,12 @@ def poison_allocator(device: torch.device, size: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Guarded:
-    """An argument in the middle of a buffer of its own.
+    """An argument in the middle of its own buffer.
 
     Attributes:
         tensor: the argument.
-        buffer: all of it, margins included.
-        before: what the buffer held when the argument was made.
+        buffer: the whole buffer, including margins.
+        before: a copy of the buffer from when the argument was made.
     """
 
     tensor: Tensor
@@ -155,17 +155,17 @@ class Guarded:
 
     @property
     def of_before(self) -> Tensor:
-        """The argument as it was."""
+        """The argument's original value."""
         return _placed(self.before, self.tensor)
 
     def copied(self) -> "Guarded":
-        """The same argument, as it was, in a buffer of its own."""
+        """A copy of the argument's original value, in its own buffer."""
         buffer = self.before.clone()
         return Guarded(_placed(buffer, self.tensor), buffer, self.before)
 
     @property
     def is_written_inside(self) -> bool:
-        """Whether nothing but the argument was written to: neither margins nor gaps between its elements."""
+        """Whether writes went only to the argument: neither to margins nor to gaps between its elements."""
         wanted = self.before.clone()
         _placed(wanted, self.tensor).copy_(self.tensor)
         return torch.equal(self.buffer.view(torch.uint8), wanted.view(torch.uint8))
@@ -181,8 +181,8 @@ def make_arguments(
     """Fresh random arguments: a `Guarded` for each `TensorSpec`, plain values as they are.
 
     Args:
-        arguments: of a case.
-        draw_of: how an argument is drawn, by name.
+        arguments: arguments of a case.
+        draw_of: the draw of an argument, by name.
         seed: equal seeds draw equal arguments.
     """
     devices = {spec.device for spec in arguments.values() if isinstance(spec, TensorSpec)}
@@ -210,7 +210,7 @@ def _draw(draw: Draw | Indices, arguments: Mapping[str, Any]) -> Draw:
 
     def places(shape: tuple[int, ...], device: torch.device, generator: torch.Generator) -> Tensor:
         count = math.prod(shape)
-        # Not the first one where there are others: a kernel that counts from it would pass.
+        # Not the first position if there are others: a kernel that counts from it would pass.
         first = min(1, length - count)
         drawn = torch.randperm(length - first, device=device, generator=generator)[:count]
         return drawn.add(first).view(shape)
@@ -222,7 +222,7 @@ def _guarded(spec: TensorSpec, draw: Draw, generator: torch.Generator) -> Guarde
     margin = 4 * ALIGNMENT // spec.dtype.itemsize
     shift = margin + spec.misalignment // spec.dtype.itemsize
     buffer = poison(torch.empty(shift + spec.extent + margin, dtype=spec.dtype, device=spec.device))
-    # Where a stride is 0 all rows are one.
+    # With a stride of 0, all rows share memory.
     stored = tuple(1 if step == 0 else size for size, step in zip(spec.shape, spec.stride, strict=True))
     values = _values(spec, stored, draw, generator)
     if spec.extent:

@@ -1,4 +1,4 @@
-"""Outcomes by content, beside Inductor's own cache: what was checked once with this kernel on this hardware."""
+"""Outcomes by content, beside Inductor's own cache: a kernel is checked once on each kind of hardware."""
 
 import hashlib
 import platform
@@ -24,11 +24,11 @@ LARGEST_BYTES = 2**16
 
 @dataclass(frozen=True)
 class Kind:
-    """What all outcomes of a rule by a provider depend on: both sides, the kernel, and how far it may be off.
+    """The dependencies of all outcomes of a rule by a provider: both sides, the kernel, and its tolerance.
 
     Attributes:
-        ingredients: of a key.
-        is_known: whether there is one. What functions of a user's do without a `uuid()` is checked anew each time.
+        ingredients: ingredients of a key.
+        is_known: whether a key is possible. A user's functions without a `uuid()` are checked anew each time.
     """
 
     ingredients: list[Any]
@@ -45,8 +45,8 @@ def kind_of(rule: Rule, provider: Provider, device: DeviceProfile | None) -> Kin
 def outcome_key(
     kind: Kind, cases: Sequence[Case], unfused: Mapping[str, Any], region: Region | None, free: Collection[int]
 ) -> str:
-    """A hash of all that an outcome depends on: the kind, arguments, the graph, what of its layouts is read, versions,
-    hardware.
+    """A hash of everything that an outcome depends on: the kind, arguments, the graph, the layouts that it reads,
+    versions, hardware.
     """
     devices = {spec.device for case in cases for spec in case.arguments.values() if isinstance(spec, TensorSpec)}
     return fingerprint(
@@ -60,12 +60,12 @@ def outcome_key(
 
 
 def _texts(case: Case) -> list[list[str]]:
-    """Process groups differ in name, not in what is computed."""
+    """The arguments without group names: these differ, with the same results."""
     return [[name, str(value)] for name, value in case.arguments.items() if name != "group_name"]
 
 
 def hardware_text(device: torch.device) -> str:
-    """A device as outcomes know it: two of one text run kernels alike."""
+    """The text of a device in keys: devices with the same text run kernels alike."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name} {properties.major}.{properties.minor} {properties.total_memory}"
@@ -73,12 +73,12 @@ def hardware_text(device: torch.device) -> str:
 
 
 def load(key: str) -> Verification | None:
-    """A stored outcome, or None where there is none that can be read."""
+    """A stored outcome, or None if there is none or it can't be read."""
     return load_stored(Verification, _path(key), LARGEST_BYTES)
 
 
 def save(key: str, outcome: Verification) -> None:
-    """Stores an outcome; a cache that can't be written to is no reason to fail a compilation."""
+    """Stores an outcome; a read-only cache must not fail a compilation."""
     with suppress(OSError):
         store(_path(key), outcome)
 
@@ -88,5 +88,5 @@ def _path(key: str) -> Path:
 
 
 def seed_of(key: str) -> int:
-    """The same on every rank and in every process."""
+    """A seed that is the same on every rank and in every process."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big")

@@ -1,4 +1,4 @@
-"""The part of the model that a match stands for, as Inductor made it."""
+"""The part of Inductor's graph that a match replaces."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,19 +18,19 @@ from fuseplan.verification.specs import concrete
 
 ENGINE_COLLECTIVES = frozenset(name for part in PARTS if isinstance(part, Prologue) for name in part.engine_ops)
 EVALUATED = frozenset(name for part in PARTS for name in part.evaluated)
-"""Ops of engines that are run as they stand in a graph; what others compute is read off their sources."""
+"""Engine ops that verification runs as they are; the results of others are read off their sources."""
 MOST_NODES = 128
-"""Beyond which a region isn't one of a single fusion."""
+"""The most nodes of a region; a larger one doesn't belong to a single fusion."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Region(Side):
-    """Nodes of the original graph between a match's inputs and its results. Of the latter, `outputs` has the nodes that
-    have them, and None where none does.
+    """Nodes of the original graph between a match's inputs and its results. `outputs` has the node of each result, or
+    None where no node has it.
 
     Attributes:
-        shaped: for each of them the result as the pattern has it, of which the node may be a reshape.
-        views: by variable, of those that are views of what the graph reads: these views, the last one first.
+        shaped: the pattern's node of each result; the node in `outputs` may be a reshape of it.
+        views: for variables that are views of the graph's own values, these views by variable, the last one first.
     """
 
     shaped: tuple[fx.Node | None, ...]
@@ -38,13 +38,13 @@ class Region(Side):
 
     @classmethod
     def of(cls, canonical: CanonicalGraph, match: Match) -> "Region | None":
-        """The region, or None where there is none: an input that the canonical graph moved has no original."""
+        """The region, or None: an input that the canonical graph moved has no original."""
         bound = {name: value for name, value in match.values.items() if isinstance(value, fx.Node)}
         inputs: dict[fx.Node, str] = {}
         views: dict[str, tuple[fx.Node, ...]] = {}
         for name, node in bound.items():
             if node not in canonical.origin and fill_of(node) is not None:
-                continue  # a constant of fuseplan's own stands for nothing of the graph
+                continue  # fuseplan's own constants have no original in the graph
             views[name] = tuple(_views(canonical, node))
             source = views[name][-1].args[0] if views[name] else node
             if not isinstance(source, fx.Node) or source not in canonical.origin:
@@ -62,7 +62,7 @@ class Region(Side):
             if isinstance(node.target, HigherOrderOperator) and engine_op_name(node) not in EVALUATED:
                 return None
             if isinstance(node.target, OpOverload) and node.target.name() in ENGINE_COLLECTIVES:
-                return None  # no rank runs that alone
+                return None  # a rank can't run that alone
             found.add(node)
             stack += node.all_input_nodes
         if not found:
@@ -73,7 +73,7 @@ class Region(Side):
         """The region's results.
 
         Args:
-            arguments: by variable.
+            arguments: arguments by variable.
             symbols: the values of symbolic sizes.
         """
         given = {**arguments, **{name: _seen(arguments[name], views, symbols) for name, views in self.views.items()}}
@@ -82,7 +82,7 @@ class Region(Side):
 
 
 def _views(canonical: CanonicalGraph, node: fx.Node) -> Iterator[fx.Node]:
-    """The views that make a node of one that stands for a value of the graph."""
+    """The views between a node and the value of the original graph that it is made from."""
     while node not in canonical.origin and is_call(node, aten.permute.default, *RESHAPES):
         yield node
         source = node.args[0]
@@ -91,7 +91,7 @@ def _views(canonical: CanonicalGraph, node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _seen(value: Any, views: Sequence[fx.Node], symbols: Mapping[Any, int]) -> Any:
-    """What a value is a view of."""
+    """The base of a value, with views undone."""
     for view in views:
         if is_call(view, aten.permute.default):
             dims: Any = view.args[1]
@@ -104,7 +104,7 @@ def _seen(value: Any, views: Sequence[fx.Node], symbols: Mapping[Any, int]) -> A
 
 
 def _original(canonical: CanonicalGraph, node: fx.Node) -> fx.Node | None:
-    """The node of the original graph that has a result, or a reshape of it that stands for one there."""
+    """The node of the original graph for a result, or for a reshape of it."""
     reshapes = [user for user in node.users if is_call(user, *RESHAPES) and user in canonical.origin]
     known = node if node in canonical.origin else reshapes[0] if reshapes else None
     return canonical.origin[known] if known is not None else None

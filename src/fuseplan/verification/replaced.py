@@ -1,4 +1,6 @@
-"""Matches of other people's passes as questions: both sides, what the graph goes on with, arguments at every size."""
+"""Matches of other people's passes, prepared for verification: both sides, the results that the graph reads, and
+arguments at every size.
+"""
 
 import math
 import sys
@@ -26,13 +28,13 @@ COLLECTIVES = ("_c10d_functional", "_dtensor", "c10d", "c10d_functional", "symm_
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Result:
-    """A value that the graph goes on with.
+    """A result that the graph reads.
 
     Attributes:
-        output: which of the pattern's outputs it is, or is an item of.
-        item: which item; None: the output itself.
-        node: that has it in the graph.
-        promise: the replacement's fake value, None where there is none.
+        output: index of the pattern's output that it is, or is an item of.
+        item: index of the item; None: the output itself.
+        node: its node in the graph.
+        promise: the replacement's fake value; None: it has none.
     """
 
     output: int
@@ -41,22 +43,22 @@ class Result:
     promise: Tensor | None
 
     def of(self, values: Sequence[Any]) -> Any:
-        """It, among what a side yields."""
+        """The result, among the values of a side."""
         value = values[self.output]
         return value if self.item is None else value[self.item]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replaced:
-    """A match of somebody's pass as a question.
+    """A match of another pass, prepared for verification.
 
     Attributes:
         match: the match.
-        before: what it stands for.
-        after: what is put in.
-        results: what the graph goes on with.
-        free: places of results whose layout nobody reads.
-        kept: by variable, the node that reads or may read it later; what isn't in it may be written to.
+        before: the nodes that it replaces.
+        after: the replacement.
+        results: the results that the graph reads.
+        free: indices of results whose layout nothing reads.
+        kept: by variable, the node that reads or may read it later; other variables may be written to.
         cases: arguments at each size.
     """
 
@@ -70,10 +72,10 @@ class Replaced:
 
     @classmethod
     def of(cls, match: ExternalMatch, sizes: Sizes, span: tuple[int, int]) -> "Replaced":
-        """The question.
+        """Prepares a match.
 
         Raises:
-            ValueError: why it can't be asked.
+            ValueError: it can't be verified; the text says why.
         """
         before, after = sides_of(match)
         results = _results(match, after)
@@ -86,16 +88,16 @@ class Replaced:
 
     @property
     def signature(self) -> str:
-        """The pass with dtypes and sizes as the graph has them."""
+        """The pass with the graph's dtypes and sizes."""
         values = [(name, tensor_of(node)) for node, name in self.before.names.items()]
         parts = [f"{name}:{signature_text(each)}" for name, each in values if each is not None]
         return f"{self.match.owner.name}({', '.join(parts)})"
 
     def key(self, content: str) -> str:
-        """A hash of all that an outcome depends on.
+        """A hash of everything that an outcome depends on.
 
         Args:
-            content: what tells the pass from others.
+            content: identifies the pass.
         """
         symbols = self.cases[-1].symbols
         devices = {
@@ -114,7 +116,7 @@ class Replaced:
 
 
 def _results(match: ExternalMatch, after: Side) -> tuple[Result, ...]:
-    """What is read of a region."""
+    """The results of a region that the graph reads."""
     outputs, inside, results = match.outputs, set(match.consumed), list[Result]()
     packed = len(outputs) == 1 != len(after.outputs)
     if not packed and len(outputs) != len(after.outputs):
@@ -128,7 +130,7 @@ def _results(match: ExternalMatch, after: Side) -> tuple[Result, ...]:
             results.append(Result(output=index, item=None, node=node, promise=tensor_of(made)))
             continue
         if not all(is_item(user) for user in users):
-            raise ValueError(f"what it yields for {node.name} is no tensor")
+            raise ValueError(f"its result for {node.name} isn't a tensor")
         for user in users:
             item: Any = user.args[1]
             promise = tensor_of(made[item]) if isinstance(made, (list, tuple)) else None
@@ -164,7 +166,7 @@ def _arguments(before: Side, symbols: Mapping[Any, int]) -> dict[str, Any]:
 
 
 def _kept(match: ExternalMatch, before: Side) -> dict[str, fx.Node]:
-    """What is read after the region, by itself or through what shares its memory, and what isn't the graph's own."""
+    """Variables that are read after the region, directly or through an alias, and those that the graph doesn't own."""
     graph, inside = match.anchor.graph, set(match.consumed)
     place = min(node for node in match.outputs if node is not None)
     named: dict[int, str] = {}
@@ -184,7 +186,7 @@ def _kept(match: ExternalMatch, before: Side) -> dict[str, fx.Node]:
 
 
 def _versions(match: ExternalMatch) -> list[str]:
-    """Versions of the packages that the pass and its ops are of, as far as they say."""
+    """Versions of the packages of the pass and its ops, if they have any."""
     uuid = match.owner.uuid
     owner = getattr(uuid, "__self__", uuid)
     names = {type(owner).__module__.partition(".")[0], *(text.partition(".")[0] for text in match.emits)}
@@ -192,14 +194,14 @@ def _versions(match: ExternalMatch) -> list[str]:
 
 
 def _is_sum(node: fx.Node) -> bool:
-    """Whether it is torch's own sum over ranks, or waits for one: these run as if every rank held the same."""
+    """Whether it is torch's own sum over ranks, or its wait: these run as if every rank had the same values."""
     return node.target is functional.wait_tensor.default or (
         node.target is functional.all_reduce.default and node.args[1] == "sum"
     )
 
 
 def unverifiable(match: ExternalMatch) -> str | None:
-    """Why nothing of it can be run by this process alone, or None."""
+    """Why this process can't run the match alone, or None."""
     replacement = [node for node in match.replacement.graph.nodes if node.op == "call_function"]
     for node in (*match.consumed, *replacement):
         ops = [each for each in (node.target, *node.args[:1]) if isinstance(each, OpOverload)]

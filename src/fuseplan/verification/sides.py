@@ -1,4 +1,4 @@
-"""Somebody's replacement as two functions: the nodes that it takes out of a graph, and the graph that it puts in."""
+"""Another pass's replacement as two functions: the nodes that it removes from a graph, and the graph it inserts."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,21 +21,21 @@ from fuseplan.verification.specs import concrete
 
 TORCHS = ("aten", "prims")
 BY_BITS = (aten.view.dtype, torch.ops.prims.view_of_dtype.default)
-"""Ops that read the bits of a value: in float64 it has others."""
+"""Ops that read the bits of a value, which differ in float64."""
 
 Change = Callable[[fx.Node, Any], Any]
 Given = Callable[[Change], tuple[tuple[Any, ...], dict[str, Any]]]
-"""`given(change)` yields the arguments of a node, of each node that it reads `change(node, value)`."""
+"""`given(change)` yields a node's arguments, with `change(source, value)` in the place of each node that it reads."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Side:
-    """Nodes that are run one after the other.
+    """Nodes to run one after the other.
 
     Attributes:
-        names: variable by node, of the nodes that the others read; sizes may be read beside them.
-        nodes: in graph order.
-        outputs: what is yielded: nodes, or nests of them.
+        names: the variable of each node that the others read; they may also read sizes.
+        nodes: the nodes, in graph order.
+        outputs: the results: nodes, or nests of nodes.
     """
 
     names: Mapping[fx.Node, str]
@@ -48,7 +48,7 @@ class Side:
         """The values of `outputs`.
 
         Args:
-            arguments: by variable.
+            arguments: arguments by variable.
             symbols: the values of symbolic sizes.
             call: runs a node.
         """
@@ -65,7 +65,7 @@ class Side:
 
     @cached_property
     def calls(self) -> list[tuple[Any, dict[str, Any], fx.Node]]:
-        """(op, arguments by name, node) of each op that is called, those under `auto_functionalized` too."""
+        """(op, arguments by name, node) of each called op, including ops under `auto_functionalized`."""
         found = []
         for node in self.nodes:
             target: Any = node.target
@@ -78,7 +78,7 @@ class Side:
         return found
 
     def text(self, symbols: Mapping[Any, int]) -> str:
-        """The nodes without their names."""
+        """The calls of the nodes, without the nodes' names."""
         named: dict[fx.Node, Any] = dict(self.names)
         known, lines = _known(named, symbols), []
         for number, node in enumerate(self.nodes):
@@ -98,7 +98,7 @@ def _plain(values: Any, symbols: Mapping[Any, int]) -> Any:
 
 
 def sides_of(match: ExternalMatch) -> tuple[Side, Side]:
-    """What a match stands for, and what is put in for it, of the same variables.
+    """The nodes that a match replaces, and their replacement, with the same variables.
 
     Raises:
         ValueError: the replacement isn't a function of nodes alone.
@@ -115,7 +115,7 @@ def sides_of(match: ExternalMatch) -> tuple[Side, Side]:
 
 
 def _replacement(match: ExternalMatch, arguments: list[Any], names: Mapping[fx.Node, str]) -> Side:
-    """The replacement, with plain values in the place of the placeholders that stand for them."""
+    """The replacement, with plain values instead of their placeholders."""
     module = match.replacement
     placeholders = module.graph.find_nodes(op="placeholder")
     if len(placeholders) != len(arguments):
@@ -144,14 +144,13 @@ def _replacement(match: ExternalMatch, arguments: list[Any], names: Mapping[fx.N
 
 
 def run_node(node: fx.Node, given: Given) -> Any:
-    """What a node calls, as it is."""
+    """Runs a node in its own dtypes."""
     return _called(node, *given(_placed if is_functionalized(node.target) else lambda source, value: value))
 
 
 def run_exactly(node: fx.Node, given: Given) -> Any:
-    """What a node computes in float64, with no cast on the way but to fp8. An op that isn't torch's may not take
-    float64, or read it as something else: where what it yields then isn't near what it yields in the graph, its own
-    rounding stays.
+    """Runs a node in float64, without casts except to fp8. An op from outside of torch may refuse float64 or misread
+    it: if its result then isn't close to its result in the graph's dtypes, the latter is used.
     """
     target = node.target
     is_known = isinstance(target, OpOverload) and target.namespace in TORCHS and target not in BY_BITS
@@ -160,7 +159,7 @@ def run_exactly(node: fx.Node, given: Given) -> Any:
         return narrow
     try:
         wide = _called(node, *pytree.tree_map(widened, given(lambda source, value: value)))
-    except Exception:  # noqa: BLE001 - an op that doesn't take float64, whatever it raises then
+    except Exception:  # noqa: BLE001 - an op that doesn't take float64 may raise anything
         return _called(node, *given(_as_in_the_graph)) if narrow is None else narrow
     return wide if narrow is None or _is_near(wide, narrow) else narrow
 
@@ -174,7 +173,7 @@ def _called(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 
 def _placed(source: fx.Node, value: Any) -> Any:
-    """A value as far into its memory as in the graph: copies of what is written to keep that."""
+    """A value at its storage offset in the graph, which copies of written arguments keep."""
     own = tensor_of(source)
     if own is None or not isinstance(value, Tensor) or not isinstance(own.storage_offset(), int) or not value.numel():
         return value
@@ -186,7 +185,7 @@ def _placed(source: fx.Node, value: Any) -> Any:
 
 
 def _as_in_the_graph(source: fx.Node, value: Any) -> Any:
-    """A value in the dtype that it has there."""
+    """A value in its dtype in the graph."""
     own = tensor_of(source)
     if own is None or not isinstance(value, Tensor) or value.dtype is own.dtype:
         return value
@@ -194,7 +193,7 @@ def _as_in_the_graph(source: fx.Node, value: Any) -> Any:
 
 
 def _is_near(wide: Any, narrow: Any) -> bool:
-    """Whether all tensors of two results are near each other, as a value and its rounding are."""
+    """Whether all tensors of two results are as close as a value and its rounding."""
     left, right = pytree.tree_leaves(wide), pytree.tree_leaves(narrow)
     return len(left) == len(right) and all(map(_is_rounding, left, right))
 
@@ -212,10 +211,10 @@ def _is_rounding(wide: Any, narrow: Any) -> bool:
 
 
 class PoisonedInside(Poisoned):
-    """What ops of others allocate in Python is poisoned too."""
+    """Also poisons allocations from Python inside other libraries' ops."""
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs an op; one that isn't torch's with this mode in force inside."""
+        """Runs an op; an op from outside of torch runs with this mode active inside."""
         if not isinstance(func, OpOverload) or func.namespace in TORCHS:
             return super().run(func, args, kwargs)
         tensors = (each for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, Tensor))

@@ -1,4 +1,4 @@
-"""What a fused op will be called with: the arguments of a match, at each number of tokens that they are checked at."""
+"""Arguments for checks of a fused op: the arguments of a match, at several numbers of tokens."""
 
 import bisect
 import math
@@ -18,22 +18,22 @@ from fuseplan.matching import Match
 from fuseplan.planner.rows import Rows
 
 ODD_SIZES = (1, 7, 33, 257, 389, 769, 1127, 8191)
-"""Numbers of tokens that no tile divides, where they lie in the range: kernels forget their last, partial tile."""
+"""Numbers of tokens that no tile divides, used where they are in the range: kernels forget their last, partial tile."""
 
 SPAN = 8192
-"""Up to which the end of a range of sizes is tried, too."""
+"""The most tokens up to which the end of a range of sizes is tried as well."""
 
 SMALL = 64
-"""Sizes up to which torch's own ops are run: right by definition, only how they are called is in question."""
+"""The largest sizes at which torch's own ops are run: they are right by definition, so only their calls are checked."""
 
 ALIGNMENT = 128
-"""Bytes: the modulus of pointers' alignment; the widest load of any kernel divides it."""
+"""The modulus of pointers' alignment in bytes; the widest load of any kernel divides it."""
 
 MOST_TOGETHER = 2**17
-"""Of a number of tokens and independent sizes their product, up to which these are varied, too."""
+"""The largest product of a number of tokens and independent sizes up to which these sizes are varied as well."""
 
 UNKNOWN = 16
-"""A size that depends on data, such as how many tokens go to an expert."""
+"""The value of a size that depends on data, such as the number of tokens of an expert."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +41,13 @@ class TensorSpec:
     """A tensor argument.
 
     Attributes:
-        dtype: of its elements.
+        dtype: dtype of its elements.
         shape: in elements.
         stride: in elements.
         misalignment: bytes from a multiple of `ALIGNMENT` to its first element.
-        device: where it lies.
-        same_as: an earlier argument that is the very same tensor, if any.
-        fill: what all its elements are, of a constant; None: they are drawn.
+        device: its device.
+        same_as: an earlier argument that is the same tensor, if any.
+        fill: the value of all elements of a constant; None: they are drawn.
     """
 
     dtype: torch.dtype
@@ -60,7 +60,7 @@ class TensorSpec:
 
     @property
     def extent(self) -> int:
-        """Elements from the first to the last in memory, both included."""
+        """Elements from the first to the last in memory, inclusive."""
         if 0 in self.shape:
             return 0
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
@@ -82,13 +82,13 @@ class Case:
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors lie."""
+        """The device of its tensors."""
         devices = (value.device for value in self.arguments.values() if isinstance(value, TensorSpec))
         return next(devices, torch.device("cpu"))
 
 
 def undrawn(case: Case) -> dict[str, Any]:
-    """Arguments of whatever content; in a mode of tensors without data, such tensors."""
+    """Arguments with any content; in a mode for tensors without data, such tensors."""
     made: dict[str, Any] = {}
     for name, value in case.arguments.items():
         if not isinstance(value, TensorSpec):
@@ -104,7 +104,7 @@ class Sizes:
     """Values for the symbols of a graph.
 
     Args:
-        graph: whose inputs have the symbols.
+        graph: the graph whose inputs have the symbols.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -114,12 +114,12 @@ class Sizes:
         self._factors = sorted(self.rows.tokens.free_symbols, key=str) if self.rows.is_dynamic else []
 
     def tokens(self, span: tuple[int, int], *, traced: bool = True) -> tuple[int, ...]:
-        """What a kernel is checked at: both ends of the range, odd sizes in it, and the size that was traced; none for
-        a graph of one size alone.
+        """The numbers of tokens at which a kernel is checked: both ends of the range, odd sizes in it, and the traced
+        size; none for a graph with a single size.
 
         Args:
             span: the range.
-            traced: False: without the size that was traced, which may be another one on each rank.
+            traced: whether to include the traced size, which may differ between ranks.
         """
         if not self.rows.is_dynamic:
             return ()
@@ -130,16 +130,17 @@ class Sizes:
         return tuple(sorted({first, last, *inside}))
 
     def at(self, tokens: int) -> dict[Any, int]:
-        """The value of each symbol: all but one of the tokens', the last, are as traced."""
+        """The value of each symbol: the last factor of the tokens varies, all others are as traced."""
         return self._with_last(dict(self._traced), tokens)
 
     def varied(self, tokens: int, *, traced: bool = True) -> dict[Any, int]:
-        """The same with all sizes of inputs varied that the graph's guards leave free, the others by that much less as
-        there are more tokens: [B, S] as B * S in several ways, and a second input of its own length from long to short.
+        """The value of each symbol, with all input sizes varied that the graph's guards leave free, the independent
+        ones smaller for more tokens: [B, S] as B * S in several ways, and a second input's own length from long to
+        short.
 
         Args:
-            tokens: how many.
-            traced: whether the others stay as traced at the number of tokens that was traced.
+            tokens: the number of tokens.
+            traced: whether the other sizes stay as traced at the traced number of tokens.
         """
         if not self.rows.is_dynamic or (traced and tokens == self.rows.traced):
             return self.at(tokens)
@@ -150,7 +151,7 @@ class Sizes:
     def _vary(self, tokens: int) -> dict[Any, int]:
         values, left = self.at(tokens), MOST_TOGETHER // max(1, tokens)
         others = sorted(self._sizes - {self._factors[-1]}, key=str)
-        first = bisect.bisect_left(ODD_SIZES, tokens)  # each of them comes first, and is long, at some number of tokens
+        first = bisect.bisect_left(ODD_SIZES, tokens)  # each symbol comes first, and is long, at some number of tokens
         for symbol in (others[(first + place) % len(others)] for place in range(len(others))):
             is_factor = symbol in self._factors
             whole = self._with_last({**values, symbol: 1}, tokens)[self._factors[-1]]
@@ -168,13 +169,13 @@ class Sizes:
         return values
 
     def _steps(self, symbol: Any, most: int) -> list[int]:
-        """What a size is tried at, the largest first."""
+        """The values to try for a size, the largest first."""
         found = ShapeEnv.bound_sympy(self.rows.environment, symbol)
         sizes = {*ODD_SIZES, *(int(end) for end in (found.lower, found.upper) if end.is_Integer and 0 < end <= SPAN)}
         return sorted((size for size in sizes if found.lower <= size <= min(found.upper, most)), reverse=True)
 
     def _divisors(self, symbol: Any, whole: int) -> list[int]:
-        """The same of a size that a number is a product with, so that no token is lost."""
+        """The values to try for a size that is a factor of `whole`, so that no token is lost."""
         found = ShapeEnv.bound_sympy(self.rows.environment, symbol)
         sizes = (size for size in range(math.isqrt(whole), 0, -1) if whole % size == 0)
         return [size for size in sizes if found.lower <= size <= found.upper]
@@ -184,7 +185,7 @@ class Sizes:
 
     @cached_property
     def _guards(self) -> dict[Any, list[Any]]:
-        """What the graph demands, by symbol."""
+        """The graph's guards, by symbol."""
         environment, found = self.rows.environment, dict[Any, list[Any]]()
         for guard in environment.guards:
             demanded = ShapeEnv.replace(environment, guard.expr)
@@ -194,7 +195,7 @@ class Sizes:
 
 
 def _traced_symbols(graph: fx.Graph) -> tuple[dict[Any, int], set[Any]]:
-    """(what symbols were traced with, those that are sizes of inputs)."""
+    """(traced values of symbols, the symbols that are sizes of inputs)."""
     values, found = dict[Any, int](), set[Any]()
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
@@ -207,11 +208,11 @@ def _traced_symbols(graph: fx.Graph) -> tuple[dict[Any, int], set[Any]]:
 
 
 def cases_of(match: Match, sizes: Sizes, span: tuple[int, int], *, traced: bool = True) -> tuple[Case, ...]:
-    """The arguments of a match, the smallest size first; of torch's own ops small sizes alone.
+    """The arguments of a match, the smallest size first; for torch's own ops only small sizes.
 
     Args:
-        match: of a rule.
-        sizes: of its graph.
+        match: a match of a rule.
+        sizes: sizes of its graph.
         span: first and last number of tokens.
         traced: as for `Sizes.tokens`.
     """
@@ -223,7 +224,7 @@ def cases_of(match: Match, sizes: Sizes, span: tuple[int, int], *, traced: bool 
 
 
 def case_of(match: Match, sizes: Sizes, tokens: int, *, traced: bool = True) -> Case:
-    """The arguments of a match at a number of tokens, other sizes varied."""
+    """The arguments of a match at a number of tokens, with other sizes varied."""
     return _case(match, tokens, sizes.varied(tokens, traced=traced))
 
 
@@ -254,13 +255,13 @@ def _arguments(values: Mapping[str, Any], symbols: Mapping[Any, int]) -> dict[st
 
 
 def spec_of(tensor: Tensor, symbols: Mapping[Any, int], first: str, name: str) -> TensorSpec:
-    """An argument as it lies in the graph, with values for its symbols.
+    """The spec of a tensor of the graph, with values for its symbols.
 
     Args:
-        tensor: fake.
+        tensor: a fake tensor.
         symbols: the values of symbolic sizes.
         first: the first argument that is the same tensor.
-        name: of this one.
+        name: the name of this argument.
     """
     offset = concrete(tensor.storage_offset(), symbols) * tensor.dtype.itemsize
     return TensorSpec(
@@ -278,7 +279,7 @@ def _concrete(values: Sequence[Any], symbols: Mapping[Any, int]) -> tuple[int, .
 
 
 def concrete(value: Any, symbols: Mapping[Any, int]) -> Any:
-    """A size with values for its symbols; what is no symbolic size is returned as it is."""
+    """A size with values for its symbols; any other value is returned as it is."""
     if not isinstance(value, torch.SymInt):
         return value
     expression = value.node.expr

@@ -1,8 +1,8 @@
-"""Scales of groups that go in steps: powers of two, or numbers in fp8.
+"""Scales of groups that change in steps: powers of two, or numbers in fp8.
 
-A kernel's rows are off the graph's by what is allowed, and so may be the largest element of a group. Where it lies that
-near to where the scale takes its next step, either scale is right, and codes by the other one are held against exact
-values as numbers. All other scales have to be those of the graph.
+A kernel's rows may deviate from the graph's by the allowed error, and so may the largest element of a group. If it is
+that close to the next step of the scale, either scale is right, and codes by the other scale are compared with the
+exact values as numbers. All other scales must equal the graph's.
 """
 
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ from fuseplan.verification.compare import FP8, ROUNDED_ALIKE, unit_in_the_last_p
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Stepped:
-    """A quantisation in a rule's pattern, whose scales may go in steps.
+    """A quantisation in a rule's pattern with scales that may change in steps.
 
     Attributes:
-        op: it.
+        op: its op.
         node: its call.
-        places: of codes and scales among the pattern's results.
+        places: indices of codes and scales among the pattern's results.
     """
 
     op: DialectOp
@@ -35,7 +35,7 @@ class Stepped:
 
     @classmethod
     def of(cls, rule: Rule) -> "Stepped | None":
-        """That of a rule, if it has one."""
+        """The quantisation of a rule, if it has one."""
         traced = rule.traced_pattern
         for node in traced.graph.nodes:
             op = ops.of(node.target)
@@ -48,17 +48,17 @@ class Stepped:
         self, actual: Sequence[Any], expected: Sequence[Tensor], given: Sequence[Any], exact: Sequence[Any],
         factor: float,
     ) -> tuple[Sequence[Any], str | None]:  # fmt: skip
-        """The results, with what is expected in the place of groups by the other scale, where either is right.
+        """The results, with groups by the other scale replaced by the expected ones, where either scale is right.
 
         Args:
-            actual: what the fused op yields.
-            expected: what the unfused ops yield.
-            given: the arguments of the quantisation, of which the first are its rows, as the graph has them.
-            exact: the same in float64.
-            factor: how many times the error of the graph's rows is allowed.
+            actual: results of the fused op.
+            expected: results of the unfused ops.
+            given: the graph's arguments of the quantisation; the first is its rows.
+            exact: these arguments in float64.
+            factor: the allowed multiple of the error of the graph's rows.
 
         Returns:
-            (results, what is wrong with a scale)
+            (results, the error of a scale or None)
         """
         codes, scales = (actual[place] for place in self.places)
         right = [expected[place] for place in self.places]
@@ -86,7 +86,7 @@ class Stepped:
         settled = list(actual)
         mine[row, group] = theirs[row, group]
         settled[self.places[0]] = mine.reshape(codes.shape)
-        if int((_bits(scales) != _bits(right[1])).sum()) <= len(row):  # else more than scales of groups is another
+        if int((_bits(scales) != _bits(right[1])).sum()) <= len(row):  # otherwise more than the groups' scales differs
             settled[self.places[1]] = right[1]
         return settled, None
 
@@ -94,8 +94,8 @@ class Stepped:
         self, groups: "_Groups", got: Decoded, wanted: Decoded, row: Tensor, group: Tensor, arguments: Sequence[Any],
         codes: Tensor,
     ) -> Tensor:  # fmt: skip
-        """Whether scales are between those of the groups at both ends of what is allowed, one step away, and codes
-        stand for numbers that are one code from the exact ones, and what is allowed.
+        """Whether scales are between those of the groups at both ends of the allowed range, one step away, and codes
+        encode numbers within one code plus the allowed error of the exact ones.
         """
         assert self.op.decode is not None
         ends = []
@@ -114,11 +114,11 @@ class Stepped:
 
 @dataclass(frozen=True, kw_only=True)
 class _Groups:
-    """Those whose scales differ, [groups, size] in float64.
+    """The groups whose scales differ, [groups, size] in float64.
 
     Attributes:
         exact: their elements.
-        allowed: how far those of a kernel may be off.
+        allowed: the allowed error of a kernel's elements.
     """
 
     exact: Tensor
@@ -138,7 +138,7 @@ class _Groups:
 
 
 def _spacing(numbers: Tensor) -> Tensor:
-    """How far codes in e2m1 are from their neighbours, the farther one."""
+    """The distance of codes in e2m1 to the farther one of their neighbours."""
     size = numbers.abs()
     return torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
 

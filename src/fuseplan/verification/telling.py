@@ -1,5 +1,5 @@
-"""What a maintainer of a pass needs to know of a replacement that is wrong: the calls on both sides, where it is
-written, and which attributes it drops.
+"""Details of a wrong replacement for the maintainer of its pass: the calls on both sides, the place in the source, and
+the attributes that it drops.
 """
 
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ PLAIN = (bool, int, float, str, torch.dtype)
 
 
 def told(match: ExternalMatch, before: Side, after: Side, symbols: Mapping[Any, int]) -> str:
-    """All of it in one clause."""
-    parts = [f"{_listed(after, symbols)} stands for {_listed(before, symbols)}"]
+    """All details in one clause."""
+    parts = [f"{_listed(after, symbols)} replaces {_listed(before, symbols)}"]
     dropped = vanished(before, after)
     if dropped:
-        parts.append(f"of these nothing passes on {', '.join(dropped)}")
+        parts.append(f"it drops {', '.join(dropped)}")
     pattern = getattr(match.entry, "pattern_name", None)
     named = f"pattern {pattern}, " if pattern else ""
     if match.written_at is not None or pattern:
@@ -31,8 +31,9 @@ def told(match: ExternalMatch, before: Side, after: Side, symbols: Mapping[Any, 
 
 
 def vanished(before: Side, after: Side) -> list[str]:
-    """Plain arguments of ops of others that no op of the replacement is given under that name, as `name=value of op`:
-    those first that aren't the op's default and switch something on, and none whose number it is given otherwise.
+    """Plain arguments of non-torch ops that no op of the replacement gets under the same name, as `name=value of op`:
+    first those that differ from the op's default and switch something on; without numbers that it gets under another
+    name.
     """
     carried = [item for op, given, _ in after.calls for item in {**_defaults(op), **given}.items()]
     numbers = {(type(value), value) for _, value in carried if type(value) in (int, float, str)}
@@ -58,7 +59,7 @@ def _defaults(op: OpOverload) -> dict[str, Any]:
 
 
 def _listed(side: Side, symbols: Mapping[Any, int]) -> str:
-    """The calls of a side: those of torch by name, each once, others with their arguments."""
+    """The calls of a side: torch's ops by name, each once, others with their arguments."""
     texts = [_short(op) if op.namespace in TORCHS else _call(op, given, symbols) for op, given, _ in side.calls]
     return ", ".join(dict.fromkeys(texts)) or "nothing"
 

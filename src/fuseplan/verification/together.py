@@ -1,4 +1,4 @@
-"""Collective kernels, verified by all ranks together: none enters one before all are about to."""
+"""Collective kernels, verified by all ranks together: no rank enters one before all are ready to."""
 
 import json
 import math
@@ -25,16 +25,16 @@ from fuseplan.verification.specs import Case, TensorSpec
 T = TypeVar("T")
 READY = "ready"
 Meet = Callable[[str, str], Verdict]
-"""`meet(said, awaited)` tells the other ranks what this one has to say, and returns once all of them have come: whether
-they go on. `awaited` is said of one that doesn't come.
+"""`meet(said, awaited)` sends this rank's message to the other ranks, and returns once all have arrived, with the
+verdict on whether they go on. `awaited` describes a rank that doesn't arrive.
 """
 
 
 def pending_of(match: Match, signature: str, cases: Sequence[Case], unfused: Mapping[str, Any]) -> Pending:
-    """What all ranks have to verify, as a record.
+    """A record of the verification that all ranks have to do.
 
     Raises:
-        TypeError: an argument can't be kept as JSON.
+        TypeError: an argument can't be stored as JSON.
     """
     return Pending(
         rule=match.rule.name,
@@ -49,21 +49,21 @@ def pending_of(match: Match, signature: str, cases: Sequence[Case], unfused: Map
 
 
 def shared_seed(signature: str, tokens: int) -> int:
-    """The same on all ranks, whose devices may differ in name."""
+    """A seed that is the same on all ranks, even if their devices' names differ."""
     return seed_of(f"{signature} {tokens}")
 
 
 def verify_together(
     pending: Sequence[Pending], rules: Sequence[Rule], meet: Meet, deadline_s: float
 ) -> list[Verification]:
-    """An outcome for each, up to the first that is wrong on some rank. All ranks call this at once with the same, and
-    no graph is being captured.
+    """An outcome for each, up to the first that is wrong on some rank. All ranks call this at once with the same
+    arguments, outside of graph captures.
 
     Args:
-        pending: what to verify, in this order.
-        rules: among which those of `pending` are.
+        pending: the verifications to do, in this order.
+        rules: rules, including those of `pending`.
         meet: lets all ranks go on together, or none.
-        deadline_s: seconds that one step may take, the compilation of a kernel included.
+        deadline_s: the most seconds for one step, including the compilation of a kernel.
 
     Raises:
         CollectiveError: a rank is left in a kernel, or in an all-reduce of the unfused ops.
@@ -105,8 +105,8 @@ class _ApartError(Exception):
 
 
 class _Steps:
-    """The steps of one verification on this rank: an error in one is reported at the next meeting, and no rank goes
-    on after it.
+    """The steps of one verification on this rank: an error in a step is reported at the next meeting, and no rank goes
+    on after that.
     """
 
     def __init__(self, pending: Pending, meet: Meet, deadline_s: float) -> None:
@@ -120,15 +120,15 @@ class _Steps:
             )
 
     def find(self, wrong: str, tokens: int) -> None:
-        """Notes what is wrong."""
+        """Records the error."""
         self._said = refused(f"found {self._kernel} wrong at {tokens} tokens: {wrong}")
 
     def meet(self) -> None:
-        """Returns once all ranks are here, none of which has found anything wrong.
+        """Returns once all ranks have arrived without an error.
 
         Raises:
-            _ApartError: one has, or isn't here in time.
-            CollectiveError: one is left in a step.
+            _ApartError: a rank has an error, or doesn't arrive in time.
+            CollectiveError: a rank is stuck in a step.
         """
         verdict = self._meet(self._said, f"did not come to verify {self._kernel}")
         if verdict.lost:
@@ -140,7 +140,7 @@ class _Steps:
             raise _ApartError(verdict.reason)
 
     def take(self, step: Callable[[], None], tokens: int) -> None:
-        """A step that each rank takes by itself."""
+        """Runs a step without communication between ranks."""
         if self._said != READY:
             return
         try:
@@ -149,7 +149,7 @@ class _Steps:
             self.find(str(error), tokens)
 
     def take_together(self, step: Callable[[], T], tokens: int) -> T | None:
-        """A step in which ranks wait for each other, once all of them are about to take it."""
+        """Runs a step in which ranks wait for each other, once all of them are ready for it."""
         self.meet()
         try:
             return attempt(self._deadline_s, step, self._device)

@@ -1,7 +1,7 @@
-"""Numbers of tokens at which a kernel runs machine code that it runs at no other that is checked.
+"""Numbers of tokens at which a kernel runs machine code that it doesn't run at the checked sizes.
 
-Launchers choose tiles and hints to the compiler by size. What was chosen at no size that is verified would be compiled
-at the first call that needs it, which may be a request.
+Launchers choose tiles and compiler hints by size. Code that no verified size needs would be compiled at the first call
+that needs it, which may be a user's request.
 """
 
 from collections.abc import Sequence
@@ -14,21 +14,21 @@ from fuseplan.providers import Needs
 from fuseplan.verification.specs import Case, Sizes, case_of, undrawn
 
 STEP = 1.06
-"""From one number of tokens to the next that is asked about."""
+"""The factor from one number of tokens to the next one queried."""
 
 
 def with_further_code(
     match: Match, cases: Sequence[Case], sizes: Sizes, span: tuple[int, int], needs: Needs
 ) -> tuple[int, ...]:
-    """Numbers of tokens at which a match's kernel needs machine code that it needs at none of its cases; code that is
-    needed by sizes that are less than `STEP` apart alone may be missed.
+    """Numbers of tokens at which a match's kernel needs machine code that none of its cases needs. Code for a range of
+    sizes narrower than a factor of `STEP` may be missed.
 
     Args:
-        match: of a rule.
-        cases: at which it is checked anyway.
-        sizes: of its graph.
+        match: a match of a rule.
+        cases: the cases at which it is checked anyway.
+        sizes: sizes of its graph.
         span: first and last number of tokens.
-        needs: what code a call of the provider's kernels needs.
+        needs: keys of the code that a call of the provider's kernels needs.
     """
     kernel = registered_kernel(match.rule.op.name, match.provider)
     if kernel is None or len(cases) < 2:

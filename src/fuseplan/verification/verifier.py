@@ -1,4 +1,4 @@
-"""`Verifier`: every rule x provider x signature that a decision applies, once, before the first use."""
+"""`Verifier`, which checks every rule x provider x signature that a decision applies, once, before the first use."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,13 +36,14 @@ class Verifier:
     """Checks fused ops against the unfused ones.
 
     Attributes:
-        mode: `first-use`, `always` or `off`, as `PassConfig.verify` says.
-        providers: who can run fused ops.
-        deadline_s: seconds that one size may take, the compilation of a kernel included.
+        mode: `first-use`, `always` or `off`, from `PassConfig.verify`.
+        providers: the providers of fused ops.
+        deadline_s: the most seconds for one size, including the compilation of a kernel.
         device: a profile whose providers are taken as present; None: those of this machine.
-        rank: of this process, where all ranks verify the same candidates in lock step; None: it verifies alone, and
-            collective kernels are not run.
-        settles: whether these are left to all ranks, which settle before the first run; else they are refused.
+        rank: the rank of this process, if all ranks verify the same candidates in lock step; None: it verifies alone,
+            and doesn't run collective kernels.
+        settles: whether collective kernels are left to all ranks, which settle before the first run; otherwise they are
+            refused.
     """
 
     mode: str
@@ -55,10 +56,10 @@ class Verifier:
     def verify(
         self, candidates: Sequence[Candidate], canonical: CanonicalGraph, span: tuple[int, int]
     ) -> list[Verification | Pending | None]:
-        """An outcome for each candidate, or what all ranks have to do for one; None for all where verification is off.
+        """An outcome for each candidate, or a verification for all ranks to do; None for all where verification is off.
 
         Args:
-            candidates: of rules and of other people's passes.
+            candidates: candidates of rules and of other people's passes.
             canonical: the graph that they were found in.
             span: first and last number of tokens.
         """
@@ -79,7 +80,7 @@ class Verifier:
             asked.append(question.identity)
             if question.identity in known or question.identity in left:
                 continue
-            # In lock step another rank may not have it stored.
+            # In lock step, another rank may not have a stored outcome.
             stored = outcomes.load(question.key) if question.is_stored and self.mode == "first-use" else None
             if stored is None:
                 left[question.identity] = question
@@ -95,19 +96,19 @@ class Verifier:
     def verify_chained(
         self, matches: Sequence[ExternalMatch], graph: fx.Graph, span: tuple[int, int]
     ) -> list[Verification]:
-        """What came of verifying matches of a pass that isn't planned, once each."""
+        """Outcomes for the matches of an unplanned pass, each verified once."""
         if self.mode == "off" or not matches:
             return []
         sizes = Sizes(graph)
         return list(dict.fromkeys(self._foreign.verify(each, sizes, span) for each in matches))
 
     def _cases(self, match: Match, sizes: Sizes, span: tuple[int, int], is_met: bool) -> tuple[Case, ...]:
-        """What a match is checked at, by its number of tokens."""
+        """The cases of a match, at several numbers of tokens."""
         cases = cases_of(match, sizes, span, traced=not is_met)
         needs = self._provider(match.provider).needs
         if needs is None or match.rule.op.collective or cases[0].device.type != "cuda":
             return cases
-        # Layers are alike, and so are graphs.
+        # Layers repeat, and so do graphs.
         key = match.rule, match.provider, span, str([(each.tokens, each.arguments) for each in cases])
         if key not in self._further:
             self._further[key] = with_further_code(match, cases, sizes, span, needs)
@@ -116,7 +117,7 @@ class Verifier:
 
     @cached_property
     def _further(self) -> dict[tuple[object, ...], tuple[int, ...]]:
-        """Numbers of tokens at which kernels need further code, by what is asked."""
+        """A cache of the numbers of tokens at which kernels need further code."""
         return {}
 
     def _provider(self, name: str) -> Provider:
@@ -134,7 +135,7 @@ class Verifier:
         return kinds[asked]
 
     def _compile_ahead(self, questions: Iterable["_Question"]) -> None:
-        """Has kernels compiled several at a time that are run below, and would be compiled one after the other."""
+        """Compiles the kernels for the runs below, several at a time instead of one after the other."""
         calls: dict[tuple[str, torch.device], list[Callable[[], object]]] = {}
         for each in questions:
             name, device = each.match.provider, each.cases[0].device
@@ -143,7 +144,7 @@ class Verifier:
                 calls.setdefault((name, device), []).extend(made)
         for (name, device), of_one in calls.items():
             if (compile_ahead := self._provider(name).compile_ahead) is not None:
-                with suppress(AttemptError):  # the one that is run next has the same fault, and says so
+                with suppress(AttemptError):  # the run has the same error, and reports it
                     attempt(self.deadline_s, partial(compile_ahead, of_one), device)
 
     def _run(self, question: "_Question") -> Verification | Pending:
@@ -163,15 +164,15 @@ class Verifier:
             if finding.wrong is not None:
                 detail = detail or f"at {case.tokens} tokens: {finding.wrong}"
                 if self.rank is None:
-                    break  # in lock step the other ranks go on, and meet this one
+                    break  # in lock step, the other ranks go on, and wait for this one
         return replace(
             outcome, tokens=tuple(tokens), passed=detail is None, detail=detail, worst=worst, transient=transient,
             time_ns=time.perf_counter_ns() - start,
         )  # fmt: skip
 
     def _left_to_all(self, question: "_Question", outcome: Verification) -> Verification | Pending:
-        """What is verified before the first run. How the graph was read is checked now, by the reference: the graph
-        isn't there any more then.
+        """The verification to do before the first run. The reading of the graph is checked now, with the reference,
+        since the graph will be gone by then.
         """
         group = process_group(str(question.match.values["group_name"]))
         if not self.settles or group is None or dist.get_backend(group) == STAND_IN:
@@ -187,19 +188,19 @@ class Verifier:
             return replace(outcome, passed=False, detail=f"its arguments can't be kept until the first run: {error}")
 
     def _meets(self, match: Match) -> bool:
-        """Whether its kernel would wait for ranks that may not be verifying; torch's all-reduces are intercepted, and
-        some kernels can be run by one rank that plays the others too.
+        """Whether its kernel would wait for ranks that may not be verifying. torch's all-reduces are intercepted, and
+        some kernels can run on one rank that also plays the others.
         """
         group = match.values.get("group_name")
         alone = group is None or group_size(str(group)) == 1 or (self.rank is None and match.shares)
         return match.rule.op.collective and not match.runs_reference and not alone
 
     def _finding(self, question: "_Question", case: Case, provider: str | None = None) -> tuple[Finding, bool]:
-        """What came of one size, and whether it would come again: memory and time may be there next time."""
+        """The finding at one size, and whether it is repeatable: the next attempt may have enough memory and time."""
         match = question.match
         rank = self.rank if question.meets else None
         seed = outcomes.seed_of(question.key) if rank is None else shared_seed(question.signature, case.tokens)
-        # How the graph was read doesn't depend on the size.
+        # The reading of the graph doesn't depend on the size.
         region = question.region if case is question.middle else None
 
         def run() -> Finding:
@@ -216,11 +217,11 @@ class Verifier:
 
 @dataclass(frozen=True, kw_only=True)
 class _Question:
-    """One candidate, as far as an outcome depends on it, and whether its kernel is collective.
+    """The parts of a candidate that an outcome depends on, and whether its kernel is collective.
 
     Attributes:
-        key: of its outcome.
-        is_stored: whether that is kept for other processes.
+        key: the key of its outcome.
+        is_stored: whether the outcome is stored for other processes.
     """
 
     match: Match
@@ -235,7 +236,7 @@ class _Question:
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """Equal for those that one answer is enough for. What ranks of one group have found says nothing of another."""
+        """A key of questions that share an outcome. An outcome of one group's ranks doesn't hold for another group."""
         match = self.match
         return self.key, match.rule, match.provider, match.values["group_name"] if self.meets else None
 

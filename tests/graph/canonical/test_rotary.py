@@ -175,7 +175,7 @@ LOOKALIKES: dict[str, tuple[Any, tuple[Tensor, ...], Reason, str]] = {
         heads_first(stays_wide), batched(), Reason.DTYPE, "x is bfloat16, and the rotated value stays in float32",
     ),
     "turned the other way": (
-        heads_first(subtracted), batched(), Reason.OP, "the turned half isn't multiplied by sines and added",
+        heads_first(subtracted), batched(), Reason.OP, "the rotated half isn't multiplied by sines and added",
     ),
 }  # fmt: skip
 

@@ -529,7 +529,7 @@ def test_a_given_scale_on_another_device_is_left_alone() -> None:
 
     x = torch.empty(5, WIDTH, device="meta")
     (refusal,) = canonicalize(written(quantize, {"x": x, "scale": torch.tensor(0.02)})).refusals
-    assert "the scale is on cpu, and what it scales on meta" in refusal.detail
+    assert "the scale is on cpu, and the tensor it scales on meta" in refusal.detail
 
 
 def test_groups_of_heads_are_groups() -> None:

@@ -356,7 +356,7 @@ SIX = "the codes are MXFP6 (e2m3), or e2m1 that is converted in another way"
 E2M1 = "the codes are e2m1 that is converted in another way"
 DIGIT = "the largest is rounded at another digit than the codes' last"
 OTHERWISE = "codes in e2m1, or their scales, are computed in another way"
-UNCLAMPED = "what is cast isn't clamped: torch makes infinity"
+UNCLAMPED = "the value cast isn't clamped: beyond the range of float8_e5m2, torch yields infinity"
 ONE_GROUP = f"a row is one group of {WIDTH}"
 NEAR_MISSES: dict[str, tuple[Quantise, str]] = {
     "mx_fp4: a group a row": (partial(mx_fp4, scaling="floor", size=WIDTH), ONE_GROUP),
@@ -385,7 +385,7 @@ NEAR_MISSES: dict[str, tuple[Quantise, str]] = {
         "the global scale is float32[5, 1], and the op's is one element in float32",
     ),
     "nv_fp4: divided": (partial(scaled_by, scaled=divided), OTHERWISE),
-    "nv_fp4: another axis": (partial(scaled_by, scaled=of_another_axis, kept=8), "what it scales"),
+    "nv_fp4: another axis": (partial(scaled_by, scaled=of_another_axis, kept=8), "the groups it scales"),
     "nv_fp4: truncated": (partial(nv_fp4, convert=lambda x: (x.abs() * 2).clamp(max=7).to(torch.uint8)), OTHERWISE),
     "nv_fp4: a scale of zero": (partial(nv_fp4, least=0.0), "the smallest scale is 0, and the op's is above 0"),
     "nv_fp4: a negative scale": (partial(nv_fp4, least=-1.0), "the smallest scale is -1, and the op's is above 0"),

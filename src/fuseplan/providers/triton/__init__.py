@@ -1,5 +1,5 @@
 """fuseplan's own Triton kernels, a file a family with its launcher, and their epilogues, a file each. Importing this
-needs no Triton, running them does.
+needs no Triton; running kernels does.
 """
 
 import functools
@@ -46,8 +46,8 @@ from fuseplan.providers.triton.replay import Direct, compile_ahead, needed_code,
 
 
 def rotated(m: Any) -> Any:
-    """`ops.qk_norm_rope.reference` in one kernel, or, where there are caches, that of `ops.qk_norm_rope_cache` or
-    `ops.rope_cache`, which writes them and yields the queries.
+    """`ops.qk_norm_rope.reference` in one kernel, or, with caches, the reference of `ops.qk_norm_rope_cache` or
+    `ops.rope_cache`, which writes the caches and yields the queries.
     """
     from fuseplan.providers.triton import cached_rotary, qk_norm_rope
 
@@ -56,8 +56,8 @@ def rotated(m: Any) -> Any:
 
 def attended(m: Any) -> Tensor:
     """`parts.attention.op.attention_reference` or `parts.eager_attention.op.eager_attention_reference` with the keys
-    split among programs. Where there are caches, these get the key and the value of one token first, as
-    `families.cached_attention` composes it. `is_causal` is False, and `rounding` of what is spelled out `float32`.
+    split among programs. With caches, it first writes the key and the value of one token, as in
+    `families.cached_attention`. `is_causal` is False; `rounding` of spelled-out attention is `float32`.
     """
     from fuseplan.providers.triton.attention import launch
     from fuseplan.providers.triton.cached_attention import Token
@@ -93,8 +93,8 @@ def halved_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rounding: str)
 
 
 def linear_add_rms_norm(m: Any) -> tuple[Tensor, ...]:
-    """`families.linear_norm.linear_add_rms_norm_reference` in two kernels, of which the second adds up what several
-    programs made of each tile of the layer.
+    """`families.linear_norm.linear_add_rms_norm_reference` in two kernels. The second sums the parts that several
+    programs computed of each tile of the layer.
     """
     from fuseplan.providers.triton.launching import Norm
     from fuseplan.providers.triton.linear import launch_normed
@@ -112,7 +112,7 @@ def scaled_linears(*arguments: Any) -> Any:
 
 
 def norm_kernel(op: DialectOp, suffix: str | None) -> Callable[..., Any]:
-    """The kernel of a member of the norm family, by the member's own arguments."""
+    """The kernel of a member of the norm family, with the member's own arguments."""
     names, keeps = op.arguments, op in _KEPT_NORMS
 
     def run(*arguments: Any) -> Any:
@@ -134,7 +134,7 @@ def norm_kernel(op: DialectOp, suffix: str | None) -> Callable[..., Any]:
 
 
 def in_workspace(kernel: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
-    """A kernel that takes the workspace of its group behind its other arguments, as one that takes these alone."""
+    """Turns a kernel with its group's workspace as last argument into one without, which looks the workspace up."""
     group, activations = names.index("group_name"), names.index("x")
 
     def its_workspace(*arguments: Any) -> Workspace:
@@ -151,7 +151,7 @@ def in_workspace(kernel: Callable[..., Any], names: Sequence[str]) -> Callable[.
 
 
 def activation_kernel(op: DialectOp, suffix: str) -> Callable[..., Any]:
-    """The kernel of a member of the activation family, by the member's own arguments."""
+    """The kernel of a member of the activation family, with the member's own arguments."""
     names, keeps = op.arguments, op in _KEPT_ACTIVATIONS
 
     def run(*arguments: Any) -> Any:
@@ -215,7 +215,7 @@ ACCEPTS: Mapping[str, Accepts] = {
     **{op.name: (collective_kernel if op.collective else row_kernel)(suffix) for op, suffix in _NORMS.items()},
     **{op.name: accept_activation(suffix) for op, suffix in _ACTIVATIONS.items()},
 }
-"""What each kernel takes, by fused op: all that this package implements."""
+"""The check of each kernel's arguments, for all fused ops that this package implements."""
 
 PROVIDER: Final = Provider(
     name="triton",

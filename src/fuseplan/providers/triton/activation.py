@@ -1,4 +1,4 @@
-"""silu(gate) * up -> an epilogue, in one kernel, which may store what the epilogue reads, too.
+"""silu(gate) * up -> an epilogue, in one kernel, which may also store the epilogue's input.
 
 The equivalent eager code is the composed reference of the op, `fuseplan.rules.families.compose`.
 """
@@ -25,11 +25,11 @@ def _silu_and_mul(
     CONSTANTS: tl.constexpr, KEEPS: tl.constexpr, EVICTION: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """A program takes BLOCK elements of a row, all of it where the epilogue asks for that."""
+    """A program takes BLOCK elements of a row, or the whole row where the epilogue requires it."""
     if LAUNCHES_EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    # Programs that follow each other read what follows each other in memory.
+    # Consecutive programs read consecutive memory.
     PARTS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     row, first = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS * BLOCK
     dtype: tl.constexpr = gate_ptr.dtype.element_ty
@@ -60,13 +60,13 @@ def launch(gate: Tensor, up: Tensor, rounding: str, epilogue: Epilogue, *, keeps
 
     Args:
         gate: [..., intermediate], any strides; bfloat16, float16 or float32.
-        up: the same.
+        up: like gate.
         rounding: one of `ActivationRounding`.
-        epilogue: what is done to rows before they are stored.
-        keeps: whether the activation is yielded, too.
+        epilogue: the epilogue of rows before they are stored.
+        keeps: whether the activation is yielded as well.
 
     Returns:
-        The epilogue's results, and the activation as gate's dtype holds it where it is kept.
+        The epilogue's results, and if it is kept the activation, rounded to gate's dtype.
     """
     gates, ups = flattened(gate), flattened(up)
     rows, width = gates.shape

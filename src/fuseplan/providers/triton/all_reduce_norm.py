@@ -1,21 +1,21 @@
-"""All-reduce [-> residual add] -> RMSNorm [-> an epilogue], in one kernel, which may store the norm beside it.
+"""All-reduce [-> residual add] -> RMSNorm [-> an epilogue], in one kernel, which may store the norm as well.
 
 total = sum over ranks of x [+ residual];  y = epilogue(total * rsqrt(mean(total^2) + eps) * weight)
 
-One shot: each rank stores its rows into every other rank's memory and sums what it was sent. Two shots: it stores
+One shot: each rank stores its rows into every other rank's memory and sums the rows it received. Two shots: it stores
 each row into the memory of the one rank that owns it, which sums the row and stores the sum into everybody's memory;
 2 / N of the bytes over the links for N ranks, and twice the wait.
 
-There is no barrier. A word of a buffer holds EMPTY, a NaN that no rank ever sends, until its value comes, as in
+There is no barrier. A word of a buffer holds EMPTY, a NaN that no rank ever sends, until its value arrives, as in
 Lamport's construction and NCCL's LL protocols. Three slots take turns: while slot n is filled, slot n - 1, which was
-read in the call before, is emptied; no other rank can be sending to it before this rank has taken part in call n + 1.
-What was written in a slot is remembered, so that a smaller call empties after a larger one. The epoch is counted in
-device memory, so that replays of a graph advance it like eager calls.
+read in the previous call, is emptied; no other rank can be sending to it before this rank has taken part in call n + 1.
+The size written to each slot is remembered, so that a smaller call empties all words of a larger one. The epoch is
+counted in device memory, so that replays of a graph advance it like eager calls.
 
-A rank that waited for another one in vain has failed for good: a word beside the epoch says so to whatever runs in the
-workspace from then on, replays of graphs included, before the host is asked. It yields NaN alone, waits for nobody and
-sends nothing. So the others miss what it would have sent, and fail one by one, each after one deadline. What lies in
-its memory may be of any call, and is of no use any more.
+A rank that has waited for another one in vain has failed for good: a word beside the epoch tells every later kernel in
+the workspace, replays of graphs included, before the host is asked. Those yield only NaN, wait for nobody and send
+nothing. So the other ranks miss its rows and fail one by one, each after one deadline. Its memory may hold words of any
+call and is never used again.
 
 Sums are in float32, in order of rank, hence bit for bit equal on all ranks.
 """
@@ -48,11 +48,11 @@ from fuseplan.providers.triton.tuned import (
 SLOTS = tl.constexpr(SLOT_COUNT)
 EPOCH, FAILED, COUNTED, WRITTEN = (tl.constexpr(word) for word in range(4))
 """Words of a workspace's state: the epoch, i.e. the number of calls so far; the rank that didn't come in time, plus one
-(0: none so far); how many programs of this call have read the epoch; then how much of each slot was written, first of
-what ranks send each other, then of sums."""
+(0: none so far); the number of programs of this call that have read the epoch; then the words written in each slot,
+first of messages between ranks, then of sums."""
 UNIT = tl.constexpr(UNIT_WORDS)
 ARRIVED, LATE, AWAITED = (tl.constexpr(standing) for standing in range(3))
-"""How it stands with a tile: all of it is there, some of it didn't come in time, or may still come."""
+"""The state of a tile: all of it has arrived, some of it didn't arrive in time, or may still arrive."""
 
 
 @triton.jit
@@ -65,8 +65,8 @@ def clock(polls, TIMED: tl.constexpr):
 
 @triton.jit
 def standing_of(words, missing, timeout):
-    """How it stands with a tile, given how with a word that is missing: a maximum over all elements, and not each
-    thread's own view, so that threads stay together. Who may not wait has failed, and takes nothing that it was sent.
+    """The state of a tile, given the state of a missing word: a maximum over all elements instead of each thread's own
+    view, so that threads don't diverge. A rank without time to wait has failed, and reads nothing it received.
     """
     there = tl.where(timeout > 0, ARRIVED, LATE)
     return tl.max(tl.max(tl.where(words == -1, missing, there), axis=1), axis=0)
@@ -76,8 +76,8 @@ def standing_of(words, missing, timeout):
 def receive(source, inside, timeout, who, state, failure, TIMED: tl.constexpr):
     """Waits until no word of a tile is EMPTY, or for `timeout`, in the unit of `clock`; (the words, the timeout, or 0).
 
-    Once a tile hasn't come, all its words are EMPTY, which is NaN, nobody is waited for any more, and the device and
-    the host know for whom it was; the first of this program is the one to name.
+    If a tile doesn't arrive, all its words are EMPTY, which is NaN, there are no further waits, and the sender is
+    reported to the device and the host; the first such sender of a program is the one reported.
     """
     polls = tl.zeros((), dtype=tl.int64)
     start = clock(polls, TIMED)
@@ -99,15 +99,15 @@ def receive(source, inside, timeout, who, state, failure, TIMED: tl.constexpr):
 
 @triton.jit
 def sent(x, WORD: tl.constexpr):
-    """The words of x, none of them EMPTY: another NaN stands for the NaN of that name."""
+    """The words of x, none of them EMPTY: a NaN with those bits is replaced by another NaN."""
     words = x.to(WORD, bitcast=True)
     return tl.where(words == -1, (1 << (WORD.primitive_bitwidth - 1)) - 1, words).to(WORD)
 
 
 @triton.jit
 def memory_of(mine, peer_offsets, rank, timeout):
-    """A rank's memory, as seen from here: that far from one's own, in units of 16 bytes. Who may wait no more failed
-    and sends to itself alone.
+    """A rank's memory in this rank's address space, by its offset from `mine` in units of 16 bytes. A rank without
+    time to wait has failed and sends only to itself.
     """
     offset = tl.where(timeout > 0, tl.load(peer_offsets + rank), 0)
     return mine + offset * (16 // (mine.dtype.element_ty.primitive_bitwidth // 8))
@@ -115,7 +115,7 @@ def memory_of(mine, peer_offsets, rank, timeout):
 
 @triton.jit
 def empty(mine, chunk, written, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """Empties one of the chunks of BLOCK words, of `written`."""
+    """Empties a chunk of ROWS * BLOCK words of the `written` ones."""
     at = (chunk * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     tl.store(mine + at, tl.full((ROWS, BLOCK), -1, mine.dtype.element_ty), mask=at < written)
 
@@ -125,9 +125,9 @@ def reduced(
     x, place, shot_words, summing, state, failure, timeout,
     RANK: tl.constexpr, RANKS: tl.constexpr, TIMED: tl.constexpr,
 ):  # fmt: skip
-    """The sum over ranks of a tile x, as x's dtype holds it, and how long may still be waited: 0 if it is NaN.
+    """The sum over ranks of a tile x, rounded to x's dtype, and the timeout that is left: 0 if the sum is NaN.
 
-    What rank RANK + 1 + n, modulo RANKS, has sent lies n * shot_words behind `place`.
+    The words from rank RANK + 1 + n, modulo RANKS, are n * shot_words behind `place`.
     """
     for source in tl.static_range(RANKS):
         if source == RANK:
@@ -155,7 +155,7 @@ def _all_reduce_norm(
     """Program p takes tiles p, p + programs, ...; it waits for a tile LAG tiles after it has sent its own part of it.
 
     In two shots the ranks own a program's tiles round robin, and programs begin with different ranks. In LOOPBACK one
-    rank owns all of them, and is sent what the others would be.
+    rank owns all of them, and receives the messages for all ranks.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -164,7 +164,7 @@ def _all_reduce_norm(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     epoch = tl.load(state + EPOCH)
-    # No branch hangs on it by itself: if another program fails just now, this one's threads may see it or not.
+    # No branch depends on it alone: if another program fails just now, only some of this one's threads may see it.
     timeout = tl.where(tl.load(state + FAILED) != 0, tl.zeros_like(timeout), timeout)
     slot, last = epoch % SLOTS, (epoch + 2) % SLOTS
     WORD: tl.constexpr = mine.dtype.element_ty
@@ -175,7 +175,7 @@ def _all_reduce_norm(
     slot_at, last_at = slot * (RANKS - 1) * shot_words, last * (RANKS - 1) * shot_words
     weight = tl.load(weight_ptr + column * weight_dim, mask=column < WIDTH, other=0.0)
     steps = tl.cdiv(tl.cdiv(rows, ROWS), programs)
-    # Of the tiles of a step: how many one rank owns, at most, and which of them is this program's.
+    # Of the tiles of a step: the most that one rank owns, and the index of this program's tile among them.
     if LOOPBACK:
         shares, share = programs, program
     else:
@@ -193,7 +193,7 @@ def _all_reduce_norm(
         if TWO_SHOT and not LOOPBACK:
             owner = (step + program) % RANKS
             place = slot_at + ((RANK - owner + RANKS) % RANKS - 1) * shot_words
-            # Who has failed sends nothing: at this place in its own memory others of its programs may wait.
+            # A failed rank sends nothing: other programs of it may be waiting at this place in its own memory.
             inside = inside & (row < tl.where((owner == RANK) | (timeout <= 0), 0, rows))[:, None]
             tl.store(memory_of(mine, peer_offsets, owner, timeout) + place + at, sent(x, WORD), mask=inside)
         else:
@@ -201,11 +201,11 @@ def _all_reduce_norm(
                 if to != RANK:
                     place = slot_at + ((RANK - to + RANKS) % RANKS - 1) * shot_words
                     tl.store(memory_of(mine, peer_offsets, to, timeout) + place + at, sent(x, WORD), mask=inside)
-        # Empty what was read in the call before.
+        # Empty the slot that was read in the previous call.
         for source in tl.static_range(RANKS - 1):
             empty(mine + last_at + source * shot_words, step * programs + program, written, BLOCK, ROWS)
         if step == 0:
-            # All threads have used the epoch. Once all programs have, it is the next call's.
+            # All threads have used the epoch. Once all programs have, it advances to the next call's.
             tl.debug_barrier()
             if tl.atomic_add(state + COUNTED, 1, sem="relaxed", scope="gpu") == programs - 1:
                 tl.store(state + COUNTED, 0)
@@ -218,14 +218,14 @@ def _all_reduce_norm(
                 else:
                     tl.store(state + WRITTEN + slot, tl.cdiv(rows.to(tl.int64) * WIDTH, UNIT))
                 tl.store(state + EPOCH, epoch + 1)
-        # Sum what was sent LAG steps ago.
+        # Sum the tile sent LAG steps ago.
         row = ((step - LAG) * programs + program) * ROWS + tl.arange(0, ROWS)
         inside = ((row >= 0) & (row < rows))[:, None] & within(column, WIDTH)[None, :]
         if ADDS and not TWO_SHOT:
             there = row.to(tl.int64)[:, None] * residual_row + column[None, :]
             residual = tl.load(residual_ptr + there, mask=inside, other=0.0).to(tl.float32)
         if TWO_SHOT:
-            # Hand on the sums of one's own rows, and take everybody's LAG steps later.
+            # Send the sums of the rows it owns, and read everybody's LAG steps later.
             sums = mine + sums_at + slot * sums_words
             owns = step >= LAG
             if not LOOPBACK:
@@ -263,7 +263,7 @@ def _all_reduce_norm(
         if KEEPS:
             tl.store(y_ptr + kept, y.to(dtype), mask=inside)
         STORE(y, arguments, row, 0, (row >= 0) & (row < rows), dtype, WIDTH, CONSTANTS, NVIDIA)
-    # Empty the rest of what a larger call has left, and all sums if this call has none.
+    # Empty the rest that a larger call has left, and all sums if this call has none.
     emptied = (steps + (1 + TWO_SHOT) * LAG) * programs + program
     for chunk in range(emptied, tl.cdiv(written, ROWS * BLOCK), programs):
         for source in tl.static_range(RANKS - 1):
@@ -277,8 +277,8 @@ class Schedule:
     """How a call is spread over programs, and its tiles over time.
 
     Attributes:
-        tile: what a program holds.
-        programs: how many there are; all of them are on the device at once.
+        tile: the tile of a program.
+        programs: number of programs; all of them are resident at once.
         two_shot: whether each row is summed by one rank alone.
         lag: tiles between sending and summing.
     """
@@ -292,7 +292,7 @@ class Schedule:
     def of(cls, x: Tensor, epilogue: Epilogue, workspace: Workspace) -> "Schedule":
         """For rows x [rows, hidden]."""
         rows, width = x.shape
-        # The fewest of any rank: the ranks' grids have to be equal, since they say which rank owns a row.
+        # The fewest of any rank: all ranks need the same grid, since it determines which rank owns a row.
         processors, block = workspace.processors, block_of(epilogue.width(width))
         # A rank sends N - 1 messages in one shot, and 2 / N of that in two.
         saved = rows * width * x.element_size() * (workspace.ranks - 1) * (1 - 2 / workspace.ranks)
@@ -308,14 +308,14 @@ class Schedule:
         return cls(tile=shape, programs=programs, two_shot=two_shot, lag=lag)
 
     def words(self, width: int, rows: int, workspace: Workspace) -> tuple[int, int]:
-        """Words that a rank is sent by each other rank, and words of sums."""
+        """Words that a rank receives from each other rank, and words of sums."""
         if not self.two_shot:
             return rows * width, 0
         steps = triton.cdiv(triton.cdiv(rows, self.tile.rows), min(rows, self.programs))
         return steps * self.share(rows, workspace) * width, rows * width
 
     def share(self, rows: int, workspace: Workspace) -> int:
-        """Rows of a step that one rank owns, at most."""
+        """The most rows of a step that one rank owns."""
         owners = 1 if workspace.loopback else workspace.ranks
         return int(triton.cdiv(min(rows, self.programs), owners)) * self.tile.rows
 
@@ -341,15 +341,15 @@ def launch(
 
     Args:
         x: [..., hidden], any strides; bfloat16, float16 or float32; equal shapes on all ranks.
-        residual: the same, or float32; None: there is none.
+        residual: like x, or float32; None: no residual.
         norm: weight, epsilon and rounding.
-        epilogue: what is done to rows before they are stored.
-        workspace: of the group, for x's dtype.
+        epilogue: the epilogue of rows before they are stored.
+        workspace: the group's workspace for x's dtype.
         schedule: None: by size. A message that doesn't fit in the workspace takes several launches.
-        keeps: whether the norm is yielded, too.
+        keeps: whether the norm is yielded as well.
 
     Returns:
-        The epilogue's results, the norm as x's dtype holds it where it is kept, and the sum that was normalised.
+        The epilogue's results, the norm in x's dtype if it is kept, and the sum before the norm.
 
     Raises:
         CollectiveError: an earlier call in this workspace failed.

@@ -1,22 +1,22 @@
-"""Attention of a few query tokens over a long cache, whose keys are split among programs: split-KV decoding.
+"""Attention of a few query tokens over a long cache, with the keys split among programs: split-KV decoding.
 
 y = softmax(q @ repeat(k)^T * scale + mask) @ repeat(v)        over tiles of keys;  y = sum(w * part) / sum(w)
 
-Scores may be capped before the mask is added, softcap * tanh(x / softcap), and a sink be joined: a logit of each head
-that takes weight and has no value. The first part of a query has it.
+Scores may be capped before the mask is added, softcap * tanh(x / softcap), and may have a sink: a logit of each head
+that takes weight and has no value. The first part of a query includes it.
 
 The queries that share a head, and their tokens, are the rows of one tile, so keys and values are read once. A program
-takes every n-th tile of keys, which shares the work out at any length. It reads the mask first: of tiles that are
-masked for all rows it loads neither keys nor values, so the part of a static cache that holds nothing yet costs
-nothing, and one captured CUDA graph serves all lengths. A second kernel puts the parts together.
+takes every n-th tile of keys, which balances the work at any length. It reads the mask first: for tiles that are masked
+in all rows it loads neither keys nor values, so the unused part of a static cache costs nothing, and one captured CUDA
+graph serves all lengths. A second kernel combines the parts.
 
-Masked is what is minus infinity, and, where the row has keys that aren't, what is at most -60,000: of a mask of truths
+A key is masked at minus infinity, and also at -60,000 or less if its row has keys above that: from a boolean mask,
 torch before 2.12 makes -65,504 for cuDNN. Weights of such keys are zero in float32 unless scores of one row are 29,000
 apart.
 
 The equivalent eager code is `fuseplan.rules.parts.attention.op.attention_reference`, and with soft-cap and sinks
-`fuseplan.rules.parts.eager_attention.op.eager_attention_reference`. A query all of whose keys are masked by minus
-infinity, or that has no keys, gets zeros, as by torch's own kernels on the CPU and its math, not NaN.
+`fuseplan.rules.parts.eager_attention.op.eager_attention_reference`. A query without keys, or with all keys masked by
+minus infinity, gets zeros and not NaN, as in torch's own kernels on the CPU and its math implementation.
 """
 
 import math
@@ -39,21 +39,21 @@ from fuseplan.providers.triton.split import LEAST_SIDE, MOST_ROWS, Split
 from fuseplan.providers.triton.tuned import COMBINED_THREAD
 
 TILES = 32
-"""Tiles whose masks a program reads at a time: bits of a number. Fewer of masks with rows of their own, which it holds
-side by side, but `LEAST_TILES`.
+"""Tiles whose masks a program reads at a time, as bits of a number. Masks with separate rows are held side by side, so
+there are fewer tiles, but at least `LEAST_TILES`.
 """
 LEAST_TILES = 4
 
 MASKED_FROM, SHOWN_FROM = -60000.0, -30000.0
-"""What a mask has at most where a key is hidden by a finite number, and at least where one isn't."""
+"""The most that a mask has for a key hidden by a finite number, and the least for a key that isn't hidden."""
 
 SAMPLED = 1024
-"""Keys that are looked at, all over the cache, to see whether a row of a mask shows any."""
+"""Keys sampled all over the cache, to see whether a row of a mask shows any."""
 
 LOG2_E = math.log2(math.e)
 
 ASSERTS: Final = {"debug": True, "sanitize_overflow": False}
-"""How a kernel is compiled that writes: with its assertion, and none that Triton adds."""
+"""Compiler options of a kernel that writes: with its own assertion, without those that Triton adds."""
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def _capped(scores, cap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _finite(bias):
-    """The lowest number stays one, times log2(e): a row that it hides as a whole sees all keys."""
+    """Keeps the lowest numbers finite when multiplied by log2(e): a row hidden entirely by them sees all keys."""
     return tl.where((bias < -2e38) & (bias > float("-inf")), -2e38, bias)
 
 
@@ -81,8 +81,8 @@ def _attend(
     SHARED_ANGLES: tl.constexpr, NORMS: tl.constexpr, ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr,
     ROUNDS_PRODUCTS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One of `splits` parts of what ROWS queries of a head see; WHOLE: all of it. WRITES: the cache gets
-    `written`, the key and the value of the queries' own token, first.
+    """One of `splits` parts of the attention of ROWS queries of a head; WHOLE: all of it. WRITES: first writes
+    `written`, the key and the value of the queries' own token, into the cache.
     """
     split = tl.program_id(0) % splits
     place = tl.program_id(0) // splits
@@ -119,7 +119,7 @@ def _attend(
         )  # fmt: skip
     hidden = float("-inf")
     if MASKED:
-        # What is hidden by a finite number counts, relative to the others of its row, where there are no others.
+        # Keys hidden by a finite number count, relative to each other, in rows that have no other keys.
         sample = tl.arange(0, SAMPLED) * tl.cdiv(keys, SAMPLED)
         shows = 1
         for one_head in tl.static_range(MASK_HEADS):
@@ -130,7 +130,7 @@ def _attend(
                 )  # fmt: skip
                 shows &= tl.max((sampled > SHOWN_FROM).to(tl.int32), axis=0)
         hidden = tl.where(shows > 0, MASKED_FROM, float("-inf"))
-    if WRITES:  # whose loads came before the mask's
+    if WRITES:  # its loads came before the mask's
         zero = keys >> 31
         q = rotated_rows(
             unrotated, written[8], column, zero, q_ptr.dtype.element_ty, WIDTH // 2, NORMS, ROUNDS_NORMED, ADDS_ONE,
@@ -143,7 +143,7 @@ def _attend(
                 wide_value, is_value, zero, k_ptr.dtype.element_ty,
                 WIDTH // 2, SHARED_ANGLES, NORMS, ROUNDS_NORMED, ADDS_ONE, ROUNDS_PRODUCTS,
             )  # fmt: skip
-        assert_place(is_there)  # behind the loop it would make that 3 % slower
+        assert_place(is_there)  # behind the loop, it would slow the loop down by 3 %
     mine = tl.cdiv(tl.cdiv(keys, BLOCK) - split, splits)
     for chunk in range(0, mine, TILES):
         index = tl.arange(0, TILES)
@@ -151,7 +151,7 @@ def _attend(
         if MASKED:
             key = ((split + (chunk + index) * splits) * BLOCK)[:, None] + offset[None, :]
             seen = tl.zeros((TILES, BLOCK), tl.int32)
-            # Unrolled: from the results of a loop the compiler can't tell how the next one's loads are aligned.
+            # Unrolled: from the results of a loop, the compiler can't infer the alignment of the next one's loads.
             for one_head in tl.static_range(MASK_HEADS):
                 for one_token in tl.static_range(MASK_TOKENS):
                     masks = tl.load(
@@ -213,7 +213,7 @@ def _attend(
         )  # fmt: skip
     else:
         slot = (pair * splits + split) * (GROUPS * QUERIES) + row
-        tl.store(sums_ptr + slot * 2, top, mask=is_row)  # apart: beside a mask's -1e9 a logarithm would be lost
+        tl.store(sums_ptr + slot * 2, top, mask=is_row)  # separately: added to a mask's -1e9, a logarithm would be lost
         tl.store(sums_ptr + slot * 2 + 1, total, mask=is_row)
         tl.store(
             parts_ptr + slot[:, None] * VALUE_WIDTH + value_column[None, :], y,
@@ -227,7 +227,7 @@ def _combine(
     HEADS: tl.constexpr, GROUPS: tl.constexpr, QUERIES: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr, SPLITS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One query, of up to SPLITS parts."""
+    """Combines one query from up to SPLITS parts."""
     pair, row = (tl.program_id(0) // (GROUPS * QUERIES)).to(tl.int64), tl.program_id(0) % (GROUPS * QUERIES)
     batch, head = pair // HEADS, pair % HEADS * GROUPS + row // QUERIES
     split, column = tl.arange(0, SPLITS), tl.arange(0, COLUMNS)
@@ -256,21 +256,20 @@ def launch(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, kernel: str | None, split: Split | None = None,
     *, sinks: Tensor | None = None, softcap: float | None = None, written: Token | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `attention_reference` with is_causal=False, and `eager_attention_reference`, and with `written` what
-    `fuseplan.rules.families.cached_attention` composes of them; any strides.
+    """See `attention_reference` with is_causal=False, and `eager_attention_reference`; with `written`, the compositions
+    in `fuseplan.rules.families.cached_attention`. Tensors may have any strides.
 
     Args:
         q: [batch, q_heads, queries, head_dim]; bfloat16, float16 or float32.
         k: [batch, heads, keys, head_dim], q's dtype; q_heads is a multiple of heads.
         v: [batch, heads, keys, value_dim], q's dtype.
-        mask: added to the scores, broadcasts to [batch, q_heads, queries, keys]; any floating dtype; None: there is
-            none.
-        scale: of the scores.
-        kernel: whose layout the result has; None: it is contiguous.
-        split: how keys are shared out; None: by sizes.
-        sinks: [q_heads], any floating dtype; None: there are none.
-        softcap: what scores stay below; None: they stay as they are.
-        written: the key and the value of a single query, which k and v get first; None: they are complete.
+        mask: added to the scores, broadcasts to [batch, q_heads, queries, keys]; any floating dtype; None: no mask.
+        scale: multiplies the scores.
+        kernel: the kernel of torch whose result layout to use; None: contiguous.
+        split: how keys are split among programs; None: by sizes.
+        sinks: [q_heads], any floating dtype; None: no sinks.
+        softcap: bounds the scores; None: no bound.
+        written: the key and the value of a single query, to write into k and v first; None: these are complete.
 
     Returns:
         [batch, q_heads, queries, value_dim] in q's dtype.
@@ -281,7 +280,7 @@ def launch(
     if kernel is None:
         y = q.new_empty(shape)
     else:
-        # What is rotated before torch's kernel reads it is contiguous.
+        # In the unfused graph, torch's kernel reads rotated queries, which are contiguous.
         read = q.stride() if written is None else (q_heads * width, width, width, 1)
         strides = result_strides(kernel, q.dtype, q.shape, read, heads, value_width)
         y = torch.empty_strided(shape, strides, dtype=q.dtype, device=q.device)
@@ -308,7 +307,7 @@ def launch(
         sums, parts = (scratch(q.new_empty(count * each, dtype=torch.float32)) for each in (2, value_width))
     sizes = {"HEADS": heads, "GROUPS": q_heads // heads, "QUERIES": queries, "VALUE_WIDTH": value_width}
     tile = Tile(rows=tile_rows, block=split.block, warps=split.warps)
-    # In the kernel numbers are powers of two.
+    # The kernel uses powers of two.
     factors = (scale * LOG2_E, 0.0) if softcap is None else (2 * scale * LOG2_E / softcap, softcap * LOG2_E)
     with torch.cuda.device_of(q):
         run_kernel(
@@ -335,7 +334,7 @@ def launch(
 
 
 def _steps(value: Tensor) -> tuple[int, ...]:
-    """Strides; 0 of a dimension with one element, where they may be anything."""
+    """Strides, with 0 for dimensions of one element, where strides are arbitrary."""
     return tuple(0 if size == 1 else stride for size, stride in zip(value.shape, value.stride(), strict=True))
 
 
@@ -343,15 +342,15 @@ def _steps(value: Tensor) -> tuple[int, ...]:
 def result_strides(
     kernel: str, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], heads: int, value_width: int
 ) -> tuple[int, ...]:
-    """Of what torch's kernel yields, as its meta implementation says.
+    """The strides of the result of torch's kernel, by its meta implementation.
 
     Args:
-        kernel: by name.
-        dtype: of the queries.
-        shape: of the queries.
-        strides: of the queries.
-        heads: of keys and values.
-        value_width: of the values.
+        kernel: name of the kernel.
+        dtype: dtype of the queries.
+        shape: shape of the queries.
+        strides: strides of the queries.
+        heads: heads of keys and values.
+        value_width: head dimension of the values.
     """
     q = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
     k, v = (q.new_empty((shape[0], heads, 1, width)) for width in (shape[3], value_width))

@@ -1,13 +1,13 @@
-"""Attention of one query token over a static cache that its own key and value are written into by the same kernel, with
-rotary embedding, and an RMSNorm before it, of query and key.
+"""Attention of one query token over a static cache, in one kernel with the write of the token's key and value into the
+cache, and with rotary embedding and optionally an RMSNorm of query and key.
 
 q, key = rotary(norm(q)), rotary(norm(k));  k_cache[:, :, position] = key,  v_cache[:, :, position] = v
 y = softmax(q @ repeat(k_cache)^T * scale + mask) @ repeat(v_cache)
 
-`fuseplan.providers.triton.attention` runs it. Of the programs that share the keys of a head, the one whose tile of keys
-the position lies in writes there, whatever the mask says, before it reads the tile: no program reads what another one
-writes, but the same, and what the cache held at the position is read by none. As in
-`fuseplan.providers.triton.cached_rotary`, nothing is written at a position that the caches don't have.
+`fuseplan.providers.triton.attention` runs it. Among the programs that share the keys of a head, the one whose tile
+contains the position writes there, regardless of the mask, before it reads the tile. So no program reads another one's
+write, except of the same values, and none reads the cache's former content at the position. As in
+`fuseplan.providers.triton.cached_rotary`, nothing is written at a position outside of the caches.
 
 The equivalent eager code is `ops.qk_norm_rope_cached_attention.reference`.
 """
@@ -30,7 +30,7 @@ def loaded_queries(
     token, q_rows, q_dim, is_row, batch, column, is_column,
     HALF: tl.constexpr, SHARED_ANGLES: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
-    """For `rotated_rows`, the queries at the pointers `q_rows` [ROWS]; `token` is `Token.arguments`."""
+    """The queries at the pointers `q_rows` [ROWS], loaded for `rotated_rows`; `token` is `Token.arguments`."""
     _, _, cos_ptr, sin_ptr, _, weight_ptr, _, steps, _ = token
     _, _, cos, sin, weight_dim, _ = steps
     return loaded_rows(
@@ -45,7 +45,7 @@ def write_token(
     dtype: tl.constexpr, HALF: tl.constexpr, SHARED_ANGLES: tl.constexpr, NORMS: tl.constexpr,
     ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, ROUNDS_PRODUCTS: tl.constexpr,
 ):  # fmt: skip
-    """Puts the rotated key of a head and its value where they belong, and waits until the whole program sees them."""
+    """Writes a head's rotated key and its value into the caches, and waits until the whole program sees them."""
     k_ptr, v_ptr, cos_ptr, sin_ptr, _, _, weight_ptr, steps, eps = token
     k, v, cos, sin, _, weight_dim = steps
     one = tl.zeros((1,), tl.int64)
@@ -62,16 +62,16 @@ def write_token(
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """What is written into the caches before a query reads them.
+    """The token that is written into the caches before its query reads them.
 
     Attributes:
-        k: [batch, heads, 1, head_dim], which isn't rotated, as the queries.
+        k: [batch, heads, 1, head_dim], not rotated yet, like the queries.
         v: [batch, heads, 1, value_dim].
         cos: [batch or 1, 1, 1, head_dim], or half of head_dim.
-        sin: cos's shape.
-        positions: [1], an integer; where the caches don't have it, nothing is written.
-        rotary_rounding: of the rotation.
-        norm: of queries and keys; None: there is none.
+        sin: the same shape as cos.
+        positions: [1], an integer; nothing is written at a position outside of the caches.
+        rotary_rounding: rounding of the rotation.
+        norm: the norm of queries and keys; None: no norm.
     """
 
     k: Tensor
@@ -84,7 +84,7 @@ class Token:
 
     @classmethod
     def of(cls, m: Any) -> Self:
-        """That of a fused op's arguments, by their names."""
+        """The token in a fused op's arguments, which are given by name."""
         return cls(
             k=m.k, v=m.v, cos=m.cos, sin=m.sin, positions=m.positions,
             rotary_rounding=RotaryRounding(m.rotary_rounding), norm=QkNorm.of(m),
@@ -92,7 +92,7 @@ class Token:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """Of kernels: tensors, strides and the norms' eps."""
+        """Its kernel arguments: tensors, strides and the norms' eps."""
         norm = self.norm
         weights = (self.cos, self.cos) if norm is None else (norm.q_weight, norm.k_weight)
         steps = (
@@ -103,7 +103,7 @@ class Token:
         return self.k, self.v, self.cos, self.sin, self.positions, *weights, steps, eps
 
     def constants(self, width: int) -> Mapping[str, Any]:
-        """What a kernel is compiled for, of heads of a width."""
+        """The compile-time constants of a kernel, for a head dimension."""
         convention = Rounding.LLAMA if self.norm is None else self.norm.rounding
         return {
             "SHARED_ANGLES": self.cos.shape[-1] == width // 2,
@@ -117,4 +117,4 @@ class Token:
 NO_TOKEN: Mapping[str, Any] = dict.fromkeys(
     ("SHARED_ANGLES", "NORMS", "ROUNDS_NORMED", "ADDS_ONE", "ROUNDS_PRODUCTS"), False
 )
-"""`Token.constants` where nothing is written."""
+"""`Token.constants` for a kernel that writes nothing."""

@@ -1,12 +1,12 @@
-"""Rotary embedding of queries and keys, with an RMSNorm before it or without, and writing the keys, and values, into a
+"""Rotary embedding of queries and keys, with or without an RMSNorm before it, and the writes of keys and values into a
 static cache, in one kernel.
 
 y = x * cos + cat(-x2, x1) * sin        of q, which is yielded, and of k
 k_cache[:, :, positions] = y,   v_cache[:, :, positions] = v
 
-A program holds some heads of a token's q, k or v, and reads and writes each element once. It writes at no position that
-the caches don't have: on the GPU such a position ends the process's kernels with an assertion, as Inductor's own do.
-The equivalent eager code is `ops.qk_norm_rope_cache.reference`.
+A program holds some heads of a token's q, k or v, and reads and writes each element once. It writes at no position
+outside of the caches: on the GPU, an assertion fails for such a position and ends the process's kernels, as in
+Inductor's own code. The equivalent eager code is `ops.qk_norm_rope_cache.reference`.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from fuseplan.providers.triton.tuned import HEADS, HEADS_THREAD
 
 @triton.jit
 def place_of(positions_ptr, token, step, length):
-    """Where a token is written to, and whether the cache has that place, which is for `assert_place`."""
+    """The position that a token is written to, and whether it is within the cache, for `assert_place`."""
     position = tl.load(positions_ptr + token * step).to(tl.int64)
     position = tl.where(position < 0, position + length, position)
     return position, (position >= 0) & (position < length)
@@ -35,7 +35,7 @@ def place_of(positions_ptr, token, step, length):
 
 @triton.jit
 def assert_place(is_there):
-    """That the cache has the place."""
+    """Asserts that the position is within the cache."""
     tl.device_assert(is_there, "index out of bounds: the cache has no such position")
 
 
@@ -49,7 +49,7 @@ def _token(
     SHARED_ANGLES: tl.constexpr, NORMS: tl.constexpr, ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr,
     ROUNDS_PRODUCTS: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """A part of a token: the first `q_parts` are queries, `k_parts` after these keys, the others values."""
+    """A part of a token: the first `q_parts` are queries, the next `k_parts` keys, the rest values."""
     zero = tl.zeros((), tl.int64)
     batch, token = zero + batch, zero + token
     cosines = cos_ptr + batch * cos[0] + token * cos[1]
@@ -93,8 +93,8 @@ def _cached_rotary(
     SHARED_ANGLES: tl.constexpr, NORMS: tl.constexpr, ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr,
     ROUNDS_PRODUCTS: tl.constexpr, EVICTION: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A program takes one part of a token, and then of those that no other takes; strides are those of
-    [batch, heads, tokens, head_dim], of angles those of [batch, tokens, head_dim].
+    """A program takes one part of a token, then of tokens that no other program takes. Strides are for
+    [batch, heads, tokens, head_dim], for angles [batch, tokens, head_dim].
     """
     if LAUNCHES_EARLY:
         tl.extra.cuda.gdc_wait()
@@ -112,13 +112,13 @@ def _cached_rotary(
 
 @dataclass(frozen=True, kw_only=True)
 class QkNorm:
-    """How queries and keys are normed before they are rotated.
+    """The norms of queries and keys before their rotation.
 
     Attributes:
         q_weight: [head_dim], the queries' dtype.
-        k_weight: likewise.
+        k_weight: [head_dim], the queries' dtype.
         eps: added to the mean squares.
-        rounding: of the norms.
+        rounding: rounding of the norms.
     """
 
     q_weight: Tensor
@@ -128,23 +128,23 @@ class QkNorm:
 
     @classmethod
     def of(cls, m: Any) -> Self | None:
-        """That of a fused op's arguments, by their names; None where it has no norm."""
+        """The norms in a fused op's arguments, which are given by name; None for an op without a norm."""
         if "q_weight" not in vars(m):
             return None
         return cls(q_weight=m.q_weight, k_weight=m.k_weight, eps=m.eps, rounding=Rounding(m.rounding))
 
 
 def broadcast(value: Tensor) -> tuple[int, ...]:
-    """Strides of the batch, the tokens and the elements of angles: 0 where all share them."""
+    """Strides of batch, tokens and elements of angles: 0 for a dimension that is broadcast."""
     return (*(0 if value.shape[dim] == 1 else value.stride(dim) for dim in (0, 2)), value.stride(3))
 
 
 def launch(m: Any) -> Tensor:
-    """`ops.qk_norm_rope_cache.reference`, or `ops.rope_cache.reference` of what isn't normed, which writes the caches.
+    """`ops.qk_norm_rope_cache.reference`, or without a norm `ops.rope_cache.reference`; it writes to the caches.
 
     Args:
-        m: the op's arguments by their names: tensors of any strides, in bfloat16, float16 or float32; where the caches
-            don't have one of the positions, nothing is written.
+        m: the op's arguments by name: tensors with any strides, in bfloat16, float16 or float32; nothing is written at
+            positions outside of the caches.
 
     Returns:
         The rotated queries, [batch, q_heads, tokens, head_dim], contiguous.

@@ -1,4 +1,4 @@
-"""What the kernels take: dtypes, sizes and layouts."""
+"""Checks of the kernels' arguments: dtypes, sizes and layouts."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +14,10 @@ MOST_LEADING = 2
 """Dimensions before the heads that the kernel of `qk_norm_rope` steps through: [B, S] or [tokens]."""
 
 MOST_ROW_BYTES = 2**17
-"""Of a row that a program holds in registers: 128 elements of two bytes for each of 512 threads."""
+"""The most bytes of a row that a program holds in registers: 128 elements of two bytes for each of 512 threads."""
 
 MOST_QUERIES = 16
-"""Query tokens that the attention kernel takes: beyond, it is no longer keys and values alone that cost."""
+"""The most query tokens of the attention kernel: beyond, keys and values are no longer the only cost."""
 
 MOST_HEAD_DIM = 256
 MOST_SOFTCAP = 10_000
@@ -25,11 +25,11 @@ NARROW_DTYPES = (torch.bfloat16, torch.float16)
 _DTYPE_TEXTS = [*map(dtype_text, NARROW_DTYPES)]
 
 MOST_LINEAR_ROWS = 32
-"""Of the input of a linear layer: beyond, it is no longer weights alone that cost."""
+"""The most input rows of a linear layer: beyond, weights are no longer the only cost."""
 SCALED_UNIT = 16
 """Codes of a row that are read together."""
 LEAST_CAPABILITY = (9, 0)
-"""Of a GPU whose tensor cores take fp8 from shared memory."""
+"""The compute capability from which tensor cores take fp8 from shared memory."""
 _SINCE = "of compute capability {}.{} and newer".format(*LEAST_CAPABILITY)
 
 
@@ -38,7 +38,7 @@ class RowGate(Gate):
     """The check of a kernel that holds rows, and of its epilogue.
 
     Attributes:
-        suffix: of the epilogue; None: there is none.
+        suffix: the epilogue's suffix; None: no epilogue.
     """
 
     suffix: str | None
@@ -49,7 +49,7 @@ class RowGate(Gate):
 
 
 def row_kernel(suffix: str | None) -> RowGate:
-    """What the kernels of single ranks take, with that epilogue."""
+    """The check of kernels on single ranks, with this epilogue."""
     return RowGate(
         name="fuseplan's Triton kernel", source="fuseplan.providers.triton.launching", most_row_bytes=MOST_ROW_BYTES,
         suffix=suffix,
@@ -57,7 +57,7 @@ def row_kernel(suffix: str | None) -> RowGate:
 
 
 def collective_kernel(suffix: str | None) -> RowGate:
-    """What the all-reduces take, with that epilogue."""
+    """The check of the all-reduces, with this epilogue."""
     return RowGate(
         name="fuseplan's Triton all-reduce", source="fuseplan.providers.triton.all_reduce_norm",
         most_row_bytes=MOST_ROW_BYTES, ranks=frozenset(range(1, 9)), suffix=suffix,
@@ -83,7 +83,7 @@ def accept_cached_rotary(m: Any) -> Refusal | None:
 
 
 def most_linear_rows(m: Any) -> int:
-    """Rows that the kernel of linear layers takes."""
+    """The most rows of the kernel of linear layers."""
     return MOST_LINEAR_ROWS
 
 
@@ -92,7 +92,7 @@ class FewRows:
     """The check of linear layers of few rows.
 
     Attributes:
-        dtypes: of x.
+        dtypes: supported dtypes of x.
     """
 
     dtypes: tuple[torch.dtype, ...] = NARROW_DTYPES
@@ -114,12 +114,12 @@ class FewRows:
         return None
 
     def limits(self) -> tuple[str, ...]:
-        """What it takes, for a person."""
+        """Its limits, for a person."""
         return listed([*map(dtype_text, self.dtypes)]), f"up to {MOST_LINEAR_ROWS} rows"
 
 
 class FewNormedRows(FewRows):
-    """The same with a norm behind it, whose kernel holds rows."""
+    """The check of such layers with a norm behind them; the norm's kernel holds rows."""
 
     def __call__(self, m: Any) -> Refusal | None:
         """Why the kernels don't take the arguments, or None."""
@@ -127,7 +127,7 @@ class FewNormedRows(FewRows):
 
 
 class FewScaledRows(FewRows):
-    """The check of those in fp8 with scales of rows."""
+    """The check of linear layers in fp8 with row-wise scales."""
 
     def __init__(self) -> None:
         super().__init__(dtypes=(torch.float8_e4m3fn,))
@@ -137,12 +137,12 @@ class FewScaledRows(FewRows):
         return super().__call__(m) or self._device(m) or self._width(m)
 
     def limits(self) -> tuple[str, ...]:
-        """What it takes, for a person."""
+        """Its limits, for a person."""
         return *super().limits(), f"widths that are multiples of {SCALED_UNIT}", f"NVIDIA's GPUs {_SINCE}"
 
     def _device(self, m: Any) -> Refusal | None:
         if m.x.device.type != "cuda" or not torch.cuda.is_available():
-            return None  # it is interpreted, or planned for a device that isn't here
+            return None  # interpreted, or planned for a device that isn't here
         if torch.version.hip is not None:
             found = "this is one of AMD's"
         elif torch.cuda.get_device_capability(m.x.device) < LEAST_CAPABILITY:
@@ -162,11 +162,11 @@ class FewScaledRows(FewRows):
 
 @dataclass(frozen=True)
 class FewQueries:
-    """The check of attention whose keys are split.
+    """The check of attention with split keys.
 
     Attributes:
-        names_kernel: whether the op names a kernel of torch's, as whose its result lies in memory.
-        most: query tokens.
+        names_kernel: whether the op names a kernel of torch that determines the layout of its result.
+        most: the most query tokens.
     """
 
     names_kernel: bool = True
@@ -217,19 +217,19 @@ class FewQueries:
         return m.q.shape[2]
 
     def limits(self) -> tuple[str, ...]:
-        """What it takes, for a person."""
+        """Its limits, for a person."""
         return listed(_DTYPE_TEXTS), self._most, f"heads of up to {MOST_HEAD_DIM} elements"
 
 
 class WrittenToken(FewQueries):
-    """The check of attention that writes the token that asks into the caches first: `q` may be tokens before heads."""
+    """The check of attention that first writes the query's token into the caches: `q` may have tokens before heads."""
 
     def _queries(self, m: Any) -> Any:
         return m.positions.shape[0]
 
 
 def accept_activation(suffix: str) -> Accepts:
-    """What the kernel of a member of the activation family takes: programs share a row, unless its epilogue forbids."""
+    """The check of a member of the activation family: programs share a row, unless its epilogue requires whole rows."""
     gate = row_kernel(suffix)
 
     def accept(m: Any) -> Refusal | None:

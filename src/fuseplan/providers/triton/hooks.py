@@ -1,4 +1,4 @@
-"""What Triton passes to hooks on its compilations, as vLLM has while it serves."""
+"""Arguments that Triton passes to hooks on compilation, such as those that vLLM sets while it serves."""
 
 from typing import Any, Final
 
@@ -7,15 +7,15 @@ from torch.torch_version import TorchVersion
 from triton.runtime.jit import JITFunction
 
 FAIL_AT_FUNCTIONS: Final = TorchVersion(triton.__version__) < "3.7"
-"""Whether a function among a kernel's constants fails the hooks, which are given constants as JSON."""
+"""Whether a function among a kernel's constants breaks the hooks, which get constants as JSON."""
 
 CALL_HOOK: Final = "_call_hook"
-"""The method of a kernel that calls hooks, in the releases of Triton before 3.7, which won't change any more."""
+"""The method of a kernel that calls hooks in Triton before 3.7, releases that are final."""
 
 
 def names_functions(kernel: Any) -> Any:
-    """A kernel of Triton some of whose constants are functions, which hooks see by their names: Triton
-    before 3.7 raises TypeError there, in the middle of a launch.
+    """Lets hooks see the functions among a Triton kernel's constants by their names: without that, Triton before 3.7
+    raises TypeError in the middle of a launch.
     """
     if not FAIL_AT_FUNCTIONS or not isinstance(kernel, JITFunction):
         return kernel

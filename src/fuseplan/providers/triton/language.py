@@ -1,5 +1,5 @@
-"""Triton, or what stands for it where it isn't installed: plans for other machines ask files with kernels what these
-take, and import them for it.
+"""Triton, or a stand-in where it isn't installed: plans for other machines import the files with kernels to run the
+kernels' checks.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
-"""Launches as Python code: what a call of an op launched, written out for calls with alike arguments.
+"""Launches as Python code: the launches of one call of an op, written out for calls with similar arguments.
 
-The code allocates results and scratch and launches the kernels, without a loop, since the device may wait for it. It is
-made of names that are numbered and of offsets; sizes and all else that a kernel takes are constants by name.
+The code allocates results and scratch and launches the kernels, without a loop, since the device may wait for it. It
+uses numbered names and offsets; sizes and other kernel arguments are named constants.
 """
 
 import functools
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch._C._dynamo import guards
 
 handed = Tensor.data_ptr
-"""What a launch is handed for a tensor. Triton takes addresses as they are; tensors it asks for theirs, and the driver
-whether the GPU can read there.
+"""Turns a tensor into a launch argument. Triton takes addresses as they are; of a tensor it queries the address, and
+then the driver, for whether the GPU can read there.
 """
 
 
@@ -26,8 +26,8 @@ class Launch:
 
     Attributes:
         compiled: its machine code.
-        grid: programs.
-        arguments: all of them, in the order of its signature; tuples may hold tensors.
+        grid: its grid of programs.
+        arguments: all arguments, in the order of its signature; tuples may hold tensors.
     """
 
     compiled: Any
@@ -36,13 +36,13 @@ class Launch:
 
 
 def launcher(compiled: Any, grid: tuple[int, ...], device: int) -> Callable[..., None]:
-    """compiled[grid], which launches machine code of Triton on the current stream, without what that works out for
-    hooks where none is set.
+    """compiled[grid], which launches Triton's machine code on the current stream, without preparing the hooks'
+    arguments where no hook is set.
 
     Args:
         compiled: the machine code.
-        grid: programs, of up to three dimensions.
-        device: the index of the GPU that will be the current one.
+        grid: the grid of programs, with up to three dimensions.
+        device: the index of the GPU that is current at the launch.
     """
     from triton import knobs
     from triton.runtime import driver
@@ -68,7 +68,9 @@ def _empty_strided(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torc
 empty_strided: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = getattr(
     guards, "_empty_strided_cuda", _empty_strided
 )
-"""Takes memory of the current GPU as Inductor's own code does, which costs the host half of `torch.empty_strided`."""
+"""Allocates memory on the current GPU like Inductor's own code, which takes the host half as long as
+`torch.empty_strided`.
+"""
 
 
 def _current_device() -> int:
@@ -76,7 +78,7 @@ def _current_device() -> int:
 
 
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", _current_device)
-"""Of a process that has launched kernels: `torch.cuda.current_device` looks first whether it has."""
+"""The current device, in a process that has launched kernels: `torch.cuda.current_device` first checks for that."""
 
 
 class _Memory(NamedTuple):
@@ -88,14 +90,14 @@ class _Memory(NamedTuple):
 
     @classmethod
     def like(cls, value: Tensor) -> "_Memory | None":
-        """That of a tensor which is all of its storage; None for any other."""
+        """The memory of a tensor that fills its storage; None for any other."""
         if value.storage_offset() or value.untyped_storage().nbytes() != value.nbytes:
             return None
         return cls(tuple(value.shape), value.stride(), value.dtype)
 
 
 class _Place(NamedTuple):
-    """Where a tensor of a pool lies: its name in code, its first byte, its bytes up to the last, and an element's."""
+    """A pool's tensor in memory: its name in code, address, bytes from first to last, and bytes of an element."""
 
     name: str
     start: int
@@ -109,7 +111,7 @@ class _Place(NamedTuple):
 
 
 class _Written:
-    """Arguments of launches as Python code, in which tensors of a pool have names."""
+    """Writes arguments of launches as Python code, with names for the tensors of a pool."""
 
     def __init__(self, pool: Mapping[str, Tensor]) -> None:
         self.places = [_Place.of(name, each) for name, each in pool.items()]
@@ -117,7 +119,7 @@ class _Written:
         self.constants: dict[str, Any] = {}
 
     def code(self, value: Any) -> str | None:
-        """None where it isn't clear in which tensor of the pool one lies."""
+        """The code of an argument; None if it contains a tensor whose place in the pool is ambiguous."""
         if isinstance(value, tuple):
             parts = [self.code(each) for each in value]
             return None if None in parts else f"({''.join(f'{part}, ' for part in parts)})"
@@ -125,7 +127,7 @@ class _Written:
             name = f"constant{len(self.constants)}"
             self.constants[name] = value
             return name
-        # A launch is handed addresses alone, so views of other shapes are the same argument.
+        # A launch takes only addresses, so views with other shapes are the same argument.
         at, itemsize = value.data_ptr(), value.itemsize
         found = [each for each in self.places if each.start == at and each.itemsize == itemsize]
         found = found or [each for each in self.places if 0 < at - each.start < each.span and each.itemsize == itemsize]
@@ -137,18 +139,18 @@ class _Written:
 
 @functools.lru_cache(maxsize=1024)
 def _compiled(source: str) -> CodeType:
-    """Sizes are constants by name, so calls of an op with other numbers of rows have one source."""
+    """Compiles source, cached: sizes are named constants, so calls with other numbers of rows share it."""
     return compile(source, "<launches of fuseplan>", "exec")
 
 
 @dataclass(frozen=True)
 class Replay:
-    """What a call launched, for calls with alike arguments.
+    """The launches of a call, for calls with similar arguments.
 
     Attributes:
         device: the index of the GPU.
-        launch: on it, for inputs whose addresses are aligned as those were, what allocates results and scratch and
-            launches the kernels: Python code without a loop, since the device may wait for it.
+        launch: allocates results and scratch on it and launches the kernels, for inputs with addresses aligned as in
+            the original call: Python code without a loop, since the device may wait for it.
     """
 
     device: int
@@ -158,8 +160,8 @@ class Replay:
     def of(
         cls, launches: Sequence[Launch], inputs: Sequence[Tensor], results: Sequence[Tensor], scratch: Sequence[Tensor]
     ) -> "Replay | None":
-        """Of what a call launched on its inputs, results and scratch; None where two of these share memory, so that
-        arguments can't be distinguished, or where a launch took another tensor.
+        """The replay of a call's launches on its inputs, results and scratch. None where two of these share memory, so
+        that arguments are ambiguous, or where a launch took another tensor.
         """
         made = {f"made{place}": each for place, each in enumerate((*results, *scratch))}
         pool = {f"input{place}": each for place, each in enumerate(inputs)} | made
@@ -186,7 +188,7 @@ class Replay:
         return cls(device=device, launch=named["launch"])
 
     def __call__(self, inputs: Sequence[Tensor]) -> Any:
-        """The results, one or a tuple, for inputs whose addresses are aligned as those were."""
+        """The results, one or a tuple, for inputs with addresses aligned as in the original call."""
         if current_device() != self.device:
             with torch.cuda.device(self.device):
                 return self.launch(*inputs)

@@ -1,4 +1,4 @@
-"""What launchers of row kernels share: arguments of the families, tiles, and how kernels are launched."""
+"""Shared by launchers of row kernels: arguments of the families, tiles, and options of launches."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
-    """How rows are normalised.
+    """The arguments of a norm.
 
     Attributes:
         weight: [hidden], the activations' dtype.
@@ -31,12 +31,12 @@ class Norm:
     rounding: Rounding
 
     def total_dtype(self, x: Tensor) -> torch.dtype:
-        """Of the sum that is normalised, as it is yielded."""
+        """The dtype in which the sum before the norm is yielded."""
         return x.dtype if self.rounding.rounds_residual else compute_dtype(x.dtype)
 
     @property
     def constants(self) -> Mapping[str, Any]:
-        """What a kernel is compiled for."""
+        """The compile-time constants of a kernel."""
         convention = self.rounding
         return {
             "ROUNDS_SUM": convention.rounds_sum,
@@ -47,13 +47,13 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """What a program holds at a time: rows, elements of each, and warps to hold them.
+    """The part that a program holds at a time: rows, elements of each row, and warps to hold them.
 
     Attributes:
-        rows: of a tile.
-        block: elements of each, a power of two.
-        warps: of a program.
-        registers: that a thread may use; None: whatever the compiler takes.
+        rows: rows of a tile.
+        block: elements of each row, a power of two.
+        warps: warps of a program.
+        registers: the most registers of a thread; None: the compiler's choice.
     """
 
     rows: int
@@ -65,7 +65,7 @@ class Tile:
     def holding(
         cls, block: int, *, elements: int, registers: int | None = None, rows: int = 1, most_warps: int = 16
     ) -> "Tile":
-        """Rows spread over as many warps as leave a thread that many elements."""
+        """A tile spread over as many warps as give each thread this many elements."""
         warps = max(1, min(most_warps, rows * block // (WARP * elements)))
         if registers is not None:
             registers = min(registers, REGISTERS // (warps * WARP))
@@ -89,21 +89,21 @@ class Tile:
 
 WARP = 32
 REGISTERS = 65536
-"""Of a multiprocessor: 32 bits each, on every NVIDIA GPU since Kepler. AMD's have more."""
+"""Registers of a multiprocessor: 32 bits each, on every NVIDIA GPU since Kepler. AMD's have more."""
 
 
 MOST_PROGRAMS = 65535
-"""Side by side in the second or third dimension of a CUDA grid; where there is more to do, a program does several."""
+"""The most programs in the second or third dimension of a CUDA grid; for more work, a program takes several items."""
 
 
 def block_of(width: int) -> int:
-    """Elements of a tile's row: at least as many as a program has threads, or threads would see different values."""
+    """Elements of a tile's row: at least one for each thread of a program, or threads would see different values."""
     return max(64, int(triton.next_power_of_2(width)))
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """How many a device has; 1 where kernels are interpreted."""
+    """The number of multiprocessors of a device; 1 where kernels are interpreted."""
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -116,41 +116,41 @@ def cache_bytes(device: torch.device) -> int:
 
 
 AMD_SHARED = 65536
-"""Bytes of shared memory that a program has on AMD's GPUs, at least."""
+"""The least bytes of shared memory of a program on AMD's GPUs."""
 
 
 @cache
 def shared_bytes(device: torch.device) -> int:
-    """Shared memory that a program can have."""
+    """The most bytes of shared memory of a program."""
     if not is_nvidia(device):
         return AMD_SHARED
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def eviction(*tensors: Tensor) -> str:
-    """How a kernel loads what is read once.
+    """The eviction hint for loads of data that is read once.
 
     Args:
-        tensors: all that it reads and writes.
+        tensors: all tensors that the kernel reads and writes.
 
     Returns:
-        `evict_first` where all of it fits the L2: results then stay there for their readers. Beyond that the hint
-        costs time, and there is none.
+        `evict_first` where all of them fit the L2: results then stay there for their readers. Beyond that the hint
+        costs time, so it is empty.
     """
     most = L2_SHARE.value * cache_bytes(tensors[0].device)
     return "evict_first" if sum(each.nbytes for each in tensors) <= most else ""
 
 
 def flattened(x: Tensor) -> Tensor:
-    """x as [rows, width] with elements of a row side by side; copied only where strides ask for it."""
+    """x as [rows, width] with contiguous rows; copied only where the strides require it."""
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 
 @cache
 def launches_early(device: torch.device) -> bool:
-    """Whether a kernel may be launched before its predecessor has ended, to wait for it by itself: NVIDIA's
-    programmatic dependent launch, from compute capability 9.0 on.
+    """Whether a kernel may be launched before its predecessor has ended, and itself wait for it: NVIDIA's programmatic
+    dependent launch, from compute capability 9.0 on.
     """
     return is_nvidia(device) and torch.cuda.get_device_capability(device) >= (9, 0)
 

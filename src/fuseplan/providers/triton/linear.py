@@ -1,10 +1,11 @@
-"""Linear layers of a few rows, as decoding has them: y_i = x @ w_i^T + b_i, for up to three weights in one kernel.
+"""Linear layers of a few rows, as in decoding: y_i = x @ w_i^T + b_i, for up to three weights in one kernel.
 
-Such a layer waits for its weights. A program reads a tile of one weight's rows, all of their width, and multiplies it
-by all rows of x, which stay in the L2; the weight is the left operand, so that tensor cores pad x's rows to 16 and not
-to 64. Sums have one order. All layers' tiles are one grid, so a small layer's don't wait for a large one's. With
-SiLU-and-mul a tile has as many rows of gate as of up. Where a norm comes behind a layer of fewer tiles than processors,
-several programs share a tile's width, and the norm's kernel adds their parts as it reads them, in one order, too.
+Such a layer is bound by the reads of its weights. A program reads a tile of one weight's rows, at their full width, and
+multiplies it by all rows of x, which stay in the L2; the weight is the left operand, so that tensor cores pad x's rows
+to 16 and not to 64. The order of sums is fixed. All layers' tiles are in one grid, so a small layer's don't wait for a
+large one's. With SiLU-and-mul a tile has as many rows of gate as of up. If a norm follows a layer with fewer tiles than
+processors, several programs share a tile's width, and the norm's kernel sums their parts as it reads them, again in a
+fixed order.
 
 The equivalent eager code is `fuseplan.rules.parts.linear.linears_reference`,
 `fuseplan.rules.families.linear.gated_reference` and
@@ -36,12 +37,12 @@ from fuseplan.providers.triton.tuned import (
 )
 
 LEAST_ROWS = 16
-"""Of x, as a tensor core multiplies them."""
+"""The least rows of x that a tensor core multiplies."""
 
 
 @triton.jit
 def _biased(y, bias_ptr, feature, is_feature, BIASED: tl.constexpr):
-    """y + bias, in float32 as y is."""
+    """y + bias, in float32 like y."""
     if BIASED:
         y += tl.load(bias_ptr + feature, mask=is_feature, other=0.0).to(tl.float32)[:, None]
     return y
@@ -56,9 +57,9 @@ def _linears(
     ROUNDS_ACTIVATED: tl.constexpr, FILLS: tl.constexpr, APART: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """FEATURES of one layer for all rows; GATED: half as many of gate and of up, and silu(gate) * up. Of SPLITS
-    programs each has a part of the width, and stores its sums in float32. FILLS: there are more programs than
-    processors. APART: gate and up are read one after the other, since Triton for AMD can't choose between pointers.
+    """FEATURES of one layer for all rows; GATED: half as many of gate and of up, and silu(gate) * up. Each of SPLITS
+    programs takes a part of the width and stores its sums in float32. FILLS: there are more programs than processors.
+    APART: gate and up are read one after the other, since Triton for AMD can't select between pointers.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     tile, part = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
@@ -76,7 +77,7 @@ def _linears(
     lane, row, column = tl.arange(0, FEATURES), tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     feature = start + lane % OWN
     EVEN: tl.constexpr = N0 % OWN == 0 and (GATED or N1 % OWN == 0) and N2 % OWN == 0
-    # Beyond the last one a tile reads its last feature again: loads without masks are copied in larger pieces.
+    # Beyond the last feature, a tile reads the last one again: loads without masks are copied in larger pieces.
     read = feature if EVEN else tl.minimum(feature, count - 1)
     at = read.to(tl.int64)[:, None]
     is_first = (lane < OWN)[:, None]
@@ -111,7 +112,7 @@ def _linears(
             x = tl.load(x_tile + k, mask=is_row & inside, other=0.0)
         y = tl.dot(w, tl.trans(x), y)
     if LAUNCHES_EARLY and FILLS:
-        # Any earlier, programs that wait would have the place of some that could work.
+        # Launched any earlier, waiting programs would take the place of programs that could work.
         tl.extra.cuda.gdc_launch_dependents()
     if GATED:
         if BIASED:
@@ -138,13 +139,13 @@ def _linears(
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """How weights are shared out.
+    """The distribution of weights over programs.
 
     Attributes:
         features: rows of weights of a tile.
-        columns: of these on their way to a program at a time.
-        warps: of a program.
-        stages: tiles on their way to it.
+        columns: columns of a tile that are loaded at a time.
+        warps: warps of a program.
+        stages: loads in flight to a program.
         splits: programs that share the width of a tile.
     """
 
@@ -156,15 +157,15 @@ class Shares:
 
     @classmethod
     def of(cls, features: int, rows: int, processors: int) -> "Shares":
-        """By what there is to do.
+        """The distribution for a problem size.
 
         Args:
-            features: of all layers.
-            rows: of x, padded.
+            features: features of all layers.
+            rows: rows of x, padded.
             processors: multiprocessors of the device.
         """
         each = features / processors
-        # Of more rows smaller tiles of weights would read x again too often.
+        # With more rows, smaller tiles of weights would reread x too often.
         size = each if rows <= LEAST_ROWS else math.inf
         return cls(
             features=LINEAR_FEATURES.at(size), columns=LINEAR_WIDTH.at(size), warps=LINEAR_WARPS.value,
@@ -173,12 +174,12 @@ class Shares:
 
     @classmethod
     def shared(cls, features: int, width: int, rows: int, processors: int) -> "Shares":
-        """By what there is to do where programs may share the width; with one of them if they had better not.
+        """The distribution where programs may share the width; with one program a tile where sharing doesn't pay.
 
         Args:
-            features: of the layer.
-            width: of a row.
-            rows: of x, padded.
+            features: features of the layer.
+            width: width of a row.
+            rows: rows of x, padded.
             processors: multiprocessors of the device.
         """
         tile, columns = LINEAR_FEATURES.at(math.inf), LINEAR_WIDTH.at(math.inf)
@@ -193,11 +194,11 @@ class Shares:
         )  # fmt: skip
 
     def fitting(self, shared: int, rows: int, itemsize: int) -> "Shares":
-        """Less on its way where a program has not that much shared memory.
+        """The distribution with fewer loads in flight where a program lacks the shared memory for them.
 
         Args:
-            shared: bytes that it can have.
-            rows: of x, padded.
+            shared: the most bytes of a program.
+            rows: rows of x, padded.
             itemsize: bytes of an element.
         """
         if self.stages * (self.features + rows) * self.columns * itemsize <= shared:
@@ -211,7 +212,7 @@ def launch_normed(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
 
     Args:
         x: [..., width], bfloat16 or float16, in all up to `MOST_LINEAR_ROWS` rows.
-        weight: [features, width], x's dtype, elements of a row side by side.
+        weight: [features, width], x's dtype, with contiguous rows.
         bias: [features] or None.
         residual: [..., features], x's dtype, or float32.
         norm: weight, epsilon and rounding.
@@ -241,14 +242,14 @@ def launch(
 
     Args:
         x: [..., width], bfloat16 or float16, in all up to `MOST_LINEAR_ROWS` rows.
-        weights: [features_i, width], x's dtype, elements of a row side by side.
-        biases: [features_i] or None, as many; added before the result is rounded.
+        weights: [features_i, width], x's dtype, with contiguous rows.
+        biases: [features_i] or None for each weight; added before the result is rounded.
         rounding: one of `ActivationRounding`: the result is silu(first) * second; None: all results.
-        shares: how weights are shared out; None: by sizes.
+        shares: the distribution of weights over programs; None: by sizes.
 
     Returns:
-        [..., features_i] in x's dtype of each layer, contiguous; where programs share the width, [splits, ...,
-        features] in float32 of the only one, whose sum it is.
+        [..., features_i] in x's dtype of each layer, contiguous; where programs share the width of a single layer,
+        [splits, ..., features] in float32, whose sum is the result.
     """
     flat, width, gated = flattened(x), x.shape[-1], rounding is not None
     features = [weight.shape[0] for weight in weights]

@@ -1,4 +1,4 @@
-"""[residual add ->] RMSNorm -> an epilogue, in one kernel, which may store what the epilogue reads, too.
+"""[residual add ->] RMSNorm -> an epilogue, in one kernel, which may also store the epilogue's input.
 
 total = x + residual;  y = epilogue(total * rsqrt(mean(total^2) + eps) * weight)
 
@@ -67,16 +67,15 @@ def launch(
 
     Args:
         x: [..., hidden], any strides; bfloat16, float16 or float32.
-        residual: the same, or float32; None: there is none.
+        residual: like x, or float32; None: no residual.
         norm: weight, epsilon and rounding.
-        epilogue: what is done to rows before they are stored.
-        parts: [parts, ..., hidden], float32 and contiguous: their sum, rounded to x's dtype, is normalised in the place
-            of x, of which nothing is read. None: x is.
-        keeps: whether the norm is yielded, too.
+        epilogue: the epilogue of rows before they are stored.
+        parts: [parts, ..., hidden], float32 and contiguous: their sum, rounded to x's dtype, is normalised instead of
+            x, which isn't read. None: x is normalised.
+        keeps: whether the norm is yielded as well.
 
     Returns:
-        The epilogue's results, the norm as x's dtype holds it where it is kept, and x + residual where there is a
-        residual.
+        The epilogue's results, the norm in x's dtype if it is kept, and x + residual if there is a residual.
     """
     rows, width = x.shape[:-1].numel(), x.shape[-1]
     flat = flattened(x) if parts is None else parts.view(-1, width)

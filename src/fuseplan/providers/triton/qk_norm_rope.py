@@ -22,7 +22,7 @@ from fuseplan.providers.triton.tuned import HEADS, HEADS_THREAD
 
 @triton.jit
 def _weighted(x, mean, weight, eps, dtype: tl.constexpr, ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr):
-    """Normed elements of heads whose squares have a `mean`, times `weight`, rounded, in float32."""
+    """Elements of heads, normed by the `mean` of their squares, times `weight`, rounded, in float32."""
     n = x * tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None]
     if ROUNDS_NORMED:
         n = n.to(dtype).to(tl.float32)
@@ -37,8 +37,8 @@ def rotated_heads(
     dtype: tl.constexpr, HALF: tl.constexpr, SHARED_ANGLES: tl.constexpr, NORMS: tl.constexpr,
     ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, ROUNDS_PRODUCTS: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """The two halves of rotated heads [ROWS, WIDTH], normed before where NORMS: `low` and `cosines` are pointers to the
-    first halves, `column` says which element of a half is which.
+    """The two halves of rotated heads [ROWS, WIDTH], first normed if NORMS. `low` and `cosines` are pointers to the
+    first halves, `column` are indices in a half.
     """
     x1 = tl.load(low, mask=inside, other=0.0, eviction_policy=EVICTION).to(tl.float32)
     x2 = tl.load(low + HALF * x_dim, mask=inside, other=0.0, eviction_policy=EVICTION).to(tl.float32)
@@ -67,22 +67,22 @@ def loaded_rows(
     rows, x_dim, is_row, weight_ptr, weight_dim, cosines, cos_dim, sines, sin_dim, column, is_column,
     HALF: tl.constexpr, SHARED_ANGLES: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
-    """What `rotated_rows` takes: whole rows [ROWS, COLUMNS] at the pointers `rows`, as they are and as each element is
-    turned against another, cosines and sines, and weights of both orders; `column` says which element is which.
+    """The operands of `rotated_rows`: whole rows [ROWS, COLUMNS] at the pointers `rows`, in order and with their halves
+    swapped, cosines and sines, and weights in both orders; `column` are indices in a row.
     """
     is_low = column < HALF
     other = tl.where(is_low, column + HALF, column - HALF)
     angle = tl.where(is_low, column, other) if SHARED_ANGLES else column
     inside = is_row[:, None] & is_column[None, :]
     x = tl.load(rows[:, None] + column[None, :] * x_dim, mask=inside, other=0.0)
-    turned = tl.load(rows[:, None] + other[None, :] * x_dim, mask=inside, other=0.0)
+    swapped = tl.load(rows[:, None] + other[None, :] * x_dim, mask=inside, other=0.0)
     c = tl.load(cosines + angle * cos_dim, mask=is_column, other=0.0)
     s = tl.load(sines + angle * sin_dim, mask=is_column, other=0.0)
-    w, turned_w = c, s
+    w, swapped_w = c, s
     if NORMS:
         w = tl.load(weight_ptr + column * weight_dim, mask=is_column, other=0.0)
-        turned_w = tl.load(weight_ptr + other * weight_dim, mask=is_column, other=0.0)
-    return x, turned, c, s, w, turned_w
+        swapped_w = tl.load(weight_ptr + other * weight_dim, mask=is_column, other=0.0)
+    return x, swapped, c, s, w, swapped_w
 
 
 @triton.jit
@@ -90,18 +90,18 @@ def rotated_rows(
     loaded, eps, column, zero, dtype: tl.constexpr, HALF: tl.constexpr, NORMS: tl.constexpr,
     ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, ROUNDS_PRODUCTS: tl.constexpr,
 ):  # fmt: skip
-    """Rotated heads [ROWS, COLUMNS], normed before where NORMS, of what `loaded_rows` yields.
+    """Rotated heads [ROWS, COLUMNS], first normed if NORMS, from the operands that `loaded_rows` yields.
 
-    `zero` is 0, which the compiler doesn't know: bits that are combined with it are of a product that was rounded, so
-    none becomes part of a fused multiply-add, and the kernel around it may have these.
+    `zero` is 0, unknown to the compiler: a product whose bits are combined with it must be rounded, so it can't become
+    part of a fused multiply-add, while the rest of the kernel may use these.
     """
-    x, turned, c, s, w, turned_w = loaded
-    x, turned, c, s = x.to(tl.float32), turned.to(tl.float32), c.to(tl.float32), s.to(tl.float32)
+    x, swapped, c, s, w, swapped_w = loaded
+    x, swapped, c, s = x.to(tl.float32), swapped.to(tl.float32), c.to(tl.float32), s.to(tl.float32)
     if NORMS:
         mean = tl.sum(x * x, axis=1) / (2 * HALF)
         x = _weighted(x, mean, w.to(tl.float32), eps, dtype, ROUNDS_NORMED, ADDS_ONE)
-        turned = _weighted(turned, mean, turned_w.to(tl.float32), eps, dtype, ROUNDS_NORMED, ADDS_ONE)
-    a, b = x * c[None, :], turned * tl.where(column < HALF, -s, s)[None, :]
+        swapped = _weighted(swapped, mean, swapped_w.to(tl.float32), eps, dtype, ROUNDS_NORMED, ADDS_ONE)
+    a, b = x * c[None, :], swapped * tl.where(column < HALF, -s, s)[None, :]
     a = (a.to(tl.int32, bitcast=True) ^ zero).to(tl.float32, bitcast=True)
     b = (b.to(tl.int32, bitcast=True) ^ zero).to(tl.float32, bitcast=True)
     if ROUNDS_PRODUCTS:
@@ -116,7 +116,7 @@ def rotate(
     NORMS: tl.constexpr, ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, ROUNDS_PRODUCTS: tl.constexpr,
     EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """ROWS heads of a token from `x_ptr` to `y_ptr`, whose strides (head, element) are `x` and `y`."""
+    """Rotates ROWS heads of a token from `x_ptr` to `y_ptr`, with the strides (head, element) `x` and `y`."""
     head, column = first_head + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     is_column = within(column, HALF)
     inside = within(head, HEADS)[:, None] & is_column[None, :]
@@ -139,7 +139,7 @@ def _token(
     WIDTH: tl.constexpr, SHARED_ANGLES: tl.constexpr,
     ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, ROUNDS_PRODUCTS: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """A part of a token: the first `q_parts` are queries, the others keys."""
+    """A part of a token: the first `q_parts` are queries, the rest keys."""
     zero = tl.zeros((), tl.int64)
     batch, position = zero + batch, zero + position
     cosines = cos_ptr + batch * cos[0] + position * cos[1]
@@ -168,8 +168,8 @@ def _qk_norm_rope(
     ROUNDS_NORMED: tl.constexpr, ADDS_ONE: tl.constexpr, ROUNDS_PRODUCTS: tl.constexpr, EVICTION: tl.constexpr,
     LOOPS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A program takes one part of a token, which costs no division, and, where it LOOPS, then of those that no other
-    takes.
+    """A program takes one part of a token, which costs no division, and if it LOOPS, then parts of tokens that no other
+    program takes.
     """
     if LAUNCHES_EARLY:
         tl.extra.cuda.gdc_wait()
@@ -196,7 +196,7 @@ def _qk_norm_rope(
 
 
 def _steps(value: Tensor, dims: tuple[int, ...], swapped: bool) -> tuple[int, ...]:
-    """Strides of [batch, seq, ...], the first two `swapped` or not: 0 for one that isn't there or is broadcast."""
+    """Strides of [batch, seq, ...], the first two optionally `swapped`: 0 for a missing or broadcast dimension."""
     leading = [0 if value.shape[dim] == 1 else value.stride(dim) for dim in range(value.dim() - 2)]
     leading = [0] * (2 - len(leading)) + leading
     return (*(reversed(leading) if swapped else leading), *(value.stride(dim) for dim in dims))
@@ -206,7 +206,7 @@ def launch(m: Any) -> tuple[Tensor, Tensor]:
     """`ops.qk_norm_rope.reference`.
 
     Args:
-        m: the op's arguments by their names: tensors of any strides, in bfloat16, float16 or float32, q in
+        m: the op's arguments by name: tensors with any strides, in bfloat16, float16 or float32, q in
             [B, S, q_heads, head_dim], [tokens, q_heads, head_dim] or [q_heads, head_dim].
 
     Returns:
@@ -217,7 +217,7 @@ def launch(m: Any) -> tuple[Tensor, Tensor]:
     *leading, q_heads, head_dim = q.shape
     k_heads, half = k.shape[-2], head_dim // 2
     batches, seq = (1, 1, *leading)[-2:]
-    swapped = seq == 1  # tokens of one dimension alone are taken for a sequence
+    swapped = seq == 1  # a single dimension of tokens is taken for a sequence
     if swapped:
         batches, seq = seq, batches
     width = triton.next_power_of_2(half)

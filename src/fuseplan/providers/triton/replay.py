@@ -1,12 +1,12 @@
-"""Launches that the host has worked out before.
+"""Replays of launches that the host has prepared before.
 
 Before a kernel runs, its function chooses tiles and allocates results, and Triton binds some twenty arguments and looks
-the machine code up. That takes the host several times as long as a launch of Inductor's own code, and where no CUDA
-graph covers a call the device waits for it. All of it follows from shapes, strides, dtypes, alignment and numbers, so
-for alike arguments the same machine code is launched again, on these arguments and on new results.
+up the machine code. That takes the host several times as long as a launch from Inductor's own code, and outside of CUDA
+graphs the device waits for it. All of it follows from shapes, strides, dtypes, alignment and numbers, so for similar
+arguments the same machine code is launched again, on these arguments and on new results.
 
-Code that Inductor has written knows shapes, strides, dtypes and numbers when it is compiled. It calls `Direct`, which
-spares it torch's dispatcher and a look at every argument.
+Inductor's generated code knows shapes, strides, dtypes and numbers when it is compiled. It calls `Direct`, which
+bypasses torch's dispatcher and the inspection of each argument.
 """
 
 import contextlib
@@ -27,30 +27,30 @@ from fuseplan.distributed.workspace import Workspace
 from fuseplan.providers.triton.launches import Launch, Replay
 
 MOST_KNOWN: Final = 1024
-"""Kinds of arguments that are remembered of each op; then all of them are forgotten."""
+"""The most kinds of arguments remembered for each op; beyond, all of them are forgotten."""
 
 ALIGNED: Final = 16
-"""Bytes of an address that Triton compiles for."""
+"""The alignment of addresses, in bytes, that Triton specialises for."""
 
 OPTIONS: Final[Mapping[str, Any]] = {"enable_fp_fusion": True}
-"""Of the compiler, for kernels that don't say otherwise. Triton 3.9 warns where it isn't said whether a product and a
-sum may be rounded once, and 3.10 will round them apart.
+"""Default compiler options. Triton 3.9 warns unless a kernel says whether a product and a sum may be rounded once; 3.10
+will round them separately.
 """
 
 _RECORDING: ContextVar["_Recording | None"] = ContextVar("recording", default=None)
 
 _NEEDED: ContextVar["dict[object, _Needed] | None"] = ContextVar("needed", default=None)
-"""What is collected in place of launches, the first of those that need the same machine code, by `code_key`."""
+"""Launches that are collected instead of made: for each `code_key`, the first one that needs that machine code."""
 
 MOST_COMPILERS: Final = 8
-"""Kernels that are compiled at a time."""
+"""The most kernels compiled at a time."""
 
 _REPLAYED: ContextVar["list[Replay] | None"] = ContextVar("replayed", default=None)
-"""What calls launch again, or would if they came once more."""
+"""Replays that calls run, or that the next such calls would run."""
 
 
 class _Recording(TorchDispatchMode):
-    """What a call launches and allocates, and whether that is all it does to tensors."""
+    """Records the launches and allocations of a call, and whether it does nothing else to tensors."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -74,13 +74,13 @@ class _Needed(NamedTuple):
 
 
 def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """kernel[grid](*arguments, **constants), so that it can be launched again.
+    """kernel[grid](*arguments, **constants), recorded for replays.
 
     Args:
-        kernel: of Triton.
-        grid: programs.
-        arguments: the first of its signature.
-        constants: the others, and options of the compiler.
+        kernel: a Triton kernel.
+        grid: the grid of programs.
+        arguments: the first arguments of its signature.
+        constants: the other arguments, and options of the compiler.
     """
     needed = _NEEDED.get()
     if needed is not None:
@@ -96,8 +96,8 @@ def run_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants:
 
 
 def code_key(kernel: Any, arguments: tuple[Any, ...], constants: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What distinguishes machine code of a kernel of Triton, as far as it follows from numbers and dtypes: constants,
-    options, dtypes, and of integers whether they are 1, or multiples of `ALIGNED`.
+    """A key of a Triton kernel's machine code, as far as this follows from numbers and dtypes: constants, options,
+    dtypes, and whether each integer is 1 or a multiple of `ALIGNED`.
     """
     free = {each.name for each in kernel.params if each.do_not_specialize}
     named = zip(kernel.arg_names, arguments, strict=False)
@@ -109,17 +109,16 @@ def code_key(kernel: Any, arguments: tuple[Any, ...], constants: Mapping[str, An
 
 
 def needed_code(call: Callable[[], Any], mode: TorchDispatchMode) -> frozenset[object]:
-    """What distinguishes the machine code that a call of ops would launch, which launches nothing; empty where it can't
-    be called so.
+    """Keys of the machine code that a call of ops would launch, without launching it; empty if the call fails.
 
     Args:
-        call: on tensors without data.
-        mode: theirs.
+        call: a call on tensors without data.
+        mode: the mode of these tensors.
     """
     try:
         with mode, _collected() as needed:
             call()
-    except Exception:  # noqa: BLE001 - verification runs the call, and says what is wrong with it
+    except Exception:  # noqa: BLE001 - verification runs the call and reports the error
         return frozenset()
     return frozenset(needed)
 
@@ -135,15 +134,15 @@ def _collected() -> Iterator[dict[object, _Needed]]:
 
 
 def compile_ahead(calls: Iterable[Callable[[], Any]]) -> None:
-    """Compiles and loads what calls of ops would launch, several kernels at a time, and launches nothing. What can't be
-    compiled fails when it is launched.
+    """Compiles and loads the kernels that calls of ops would launch, several at a time, and launches none. A kernel
+    that can't be compiled fails when it is launched.
 
     Args:
-        calls: on tensors of whatever content.
+        calls: calls on tensors with any content.
     """
     from triton import AsyncCompileMode
 
-    with _collected() as needed, _Recording():  # a mode, under which nothing is remembered to be launched again
+    with _collected() as needed, _Recording():  # a dispatch mode, so that no replays are recorded
         for call in calls:
             with contextlib.suppress(Exception):
                 call()
@@ -159,22 +158,22 @@ def compile_ahead(calls: Iterable[Callable[[], Any]]) -> None:
 
 
 def _load(code: Any, tensor: Tensor) -> None:
-    """Loads machine code on a tensor's device, and makes the launcher of its signature, for which Triton 3.6 runs a C
+    """Loads machine code on a tensor's device, and makes the launcher for its signature, for which Triton 3.6 runs a C
     compiler.
 
     Args:
-        code: of `warmup`, which yields a future while kernels are compiled several at a time.
+        code: the result of `warmup`, a future while several kernels are compiled at a time.
         tensor: one of the kernel's arguments.
     """
     from triton import FutureKernel
 
     with contextlib.suppress(Exception), torch.cuda.device_of(tensor):
-        kernel = code.result() if isinstance(code, FutureKernel) else code  # in Triton 3.6 it can't do more
-        kernel.run  # noqa: B018 - a property that does it all
+        kernel = code.result() if isinstance(code, FutureKernel) else code  # Triton 3.6's future has no other method
+        kernel.run  # noqa: B018 - a property that loads and makes the launcher
 
 
 def scratch(value: Tensor) -> Tensor:
-    """The same tensor, just allocated: it is no result, but what a call's kernels hand on to each other."""
+    """Registers a tensor, just allocated, as scratch that a call's kernels pass to each other, and returns it."""
     recording = _RECORDING.get()
     if recording is not None:
         recording.scratch.append(value)
@@ -182,21 +181,21 @@ def scratch(value: Tensor) -> Tensor:
 
 
 class _Known:
-    """What an op has run so far, which changes nothing that it computes, and so is no part of its content."""
+    """The replays of an op so far. They don't change its results, so they are no part of its content."""
 
     @functools.cached_property
     def replays(self) -> dict[tuple[Any, ...], Replay]:
-        """By what distinguishes calls."""
+        """Replays by the kinds of arguments."""
         return {}
 
 
 def replayed(run: Callable[..., Any]) -> Callable[..., Any]:
-    """An op's function which launches again what it has launched for alike arguments before.
+    """An op's function with replays: it repeats the launches that it made before for similar arguments.
 
     Args:
-        run: launches kernels by `run_kernel` alone, and yields new tensors, one or a tuple. What it does must follow
-            from its arguments, of tensors from their shapes, strides, dtypes, devices and alignment. The first of them
-            is a tensor; a workspace is the same one, which the caller holds.
+        run: launches kernels only by `run_kernel`, and yields new tensors, one or a tuple. Its launches must follow
+            from its arguments, and from shapes, strides, dtypes, devices and alignment of tensors. The first argument
+            is a tensor; a workspace argument is always the same one, held by the caller.
 
     Returns:
         A function of the same arguments and results.
@@ -208,10 +207,10 @@ def replayed(run: Callable[..., Any]) -> Callable[..., Any]:
         if _len_torch_dispatch_stack():  # a dispatch mode is active, as in verification, which poisons allocations
             return run(*arguments)
         kinds, inputs = list[Any](), list[Tensor]()
-        for each in arguments:  # in line, since it is paid for at every call
+        for each in arguments:  # inline, since every call pays for it
             if isinstance(each, Tensor):
                 inputs.append(each)
-                # Not whether it is aligned alone: a part of what isn't may be.
+                # Not only whether it is aligned: a part of an unaligned tensor may be.
                 kinds.append((each.shape, each.stride(), each.dtype, each.get_device(), each.data_ptr() % ALIGNED))
             elif isinstance(each, Workspace):
                 inputs += each.tensors
@@ -251,11 +250,11 @@ def _note(replay: Replay) -> None:
 
 
 class _Site(NamedTuple):
-    """What calls with one key launch.
+    """The launches of calls with one key.
 
     Attributes:
-        replay: it.
-        places: of the arguments that are tensors.
+        replay: the replay of the launches.
+        places: positions of the tensor arguments.
     """
 
     replay: Replay
@@ -263,14 +262,14 @@ class _Site(NamedTuple):
 
 
 class Direct:
-    """An op as compiled graphs call it, which say by a key what a call's arguments are like.
+    """An op in the form that compiled graphs call, with a key for the properties of a call's arguments.
 
-    A call whose key is known, and whose tensors are aligned, launches what the one before it with that key did. All
-    others are calls of the op, and so are those that a profiler or a dispatch mode should see.
+    A call with a known key and aligned tensors repeats the launches of the previous call with that key. All others are
+    calls of the op, and so are calls that a profiler or a dispatch mode should see.
 
     Args:
         op: the overload.
-        workspace: of a call's arguments, for ops between ranks.
+        workspace: finds the workspace for a call's arguments, for ops between ranks.
     """
 
     def __init__(self, op: Callable[..., Any], workspace: Callable[..., Workspace] | None = None) -> None:
@@ -281,9 +280,9 @@ class Direct:
         """op(*arguments)
 
         Args:
-            key: equal for calls whose tensors have equal shapes, strides (but of dimensions of one element), dtypes and
-                devices, and whose other arguments are equal.
-            arguments: the op's.
+            key: equal for calls whose tensors have equal shapes, strides (except of dimensions of one element), dtypes
+                and devices, and whose other arguments are equal.
+            arguments: the op's arguments.
         """
         if self.workspace is not None:
             workspace = self.workspace(*arguments)
@@ -302,7 +301,7 @@ class Direct:
             return site.replay((*inputs, *workspace.tensors))
 
     def _first(self, key: Hashable, arguments: tuple[Any, ...]) -> Any:
-        """Calls the op, and remembers what it launched."""
+        """Calls the op, and remembers its launches."""
         replays = list[Replay]()
         token = _REPLAYED.set(replays)
         try:
@@ -318,5 +317,5 @@ class Direct:
 
 
 def is_on_gpu(value: Tensor) -> bool:
-    """Whether kernels are compiled, and not interpreted, where a tensor lies."""
+    """Whether kernels on a tensor's device are compiled, and not interpreted."""
     return value.is_cuda

@@ -1,10 +1,10 @@
-"""Linear layers of a few rows in fp8 with scales of rows, as decoding has them: y_i = x @ w_i^T * s * s_i + b_i, for up
-to three weights in one kernel.
+"""Linear layers of a few rows in fp8 with row-wise scales, as in decoding: y_i = x @ w_i^T * s * s_i + b_i, for up to
+three weights in one kernel.
 
 As in `linear`, a program reads a tile of one weight's rows and multiplies it by all rows of x, and all layers' tiles
-are one grid. The weight is the left operand, of which Hopper's tensor cores take 64 rows of fp8 and more at once. Where
-that leaves processors without a tile, several programs share the width of one, and a second, small kernel adds their
-parts in one order. Scales are applied to the sums.
+are in one grid. The weight is the left operand; Hopper's tensor cores take at least 64 rows of it at once in fp8. Where
+that leaves processors without a tile, several programs share the width of one, and a second, small kernel sums their
+parts in a fixed order. Scales are applied to the sums.
 
 The equivalent eager code is `fuseplan.rules.parts.scaled_linear.scaled_linears_reference`.
 """
@@ -31,9 +31,9 @@ from fuseplan.providers.triton.tuned import (
 )
 
 LEAST_ROWS = 16
-"""Of x, as a tensor core multiplies them."""
+"""The least rows of x that a tensor core multiplies."""
 LEAST_WIDTH = 32
-"""Columns that it takes at once."""
+"""Columns that a tensor core takes at once."""
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -44,9 +44,9 @@ def _scaled_linears(
     FEATURES: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, BIASED: tl.constexpr, IMPRECISE: tl.constexpr,
     EACH: tl.constexpr, FILLS: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """FEATURES of one layer for all rows. Of SPLITS programs each has a part of the width, and stores its sums in
-    float32. IMPRECISE: how many products tensor cores may add up before float32 does; 0: any number. EACH: every
-    feature has a scale, and else all of a layer's have one. FILLS: there are more programs than processors.
+    """FEATURES of one layer for all rows. Each of SPLITS programs takes a part of the width and stores its sums in
+    float32. IMPRECISE: the number of products that tensor cores may accumulate before float32 does; 0: any. EACH: every
+    feature has a scale; otherwise there is one a layer. FILLS: there are more programs than processors.
     """
     tile, part = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     SECOND: tl.constexpr = (N0 + FEATURES - 1) // FEATURES
@@ -65,7 +65,7 @@ def _scaled_linears(
     row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     feature = (tile - first) * FEATURES + tl.arange(0, FEATURES)
     EVEN: tl.constexpr = N0 % FEATURES == 0 and N1 % FEATURES == 0 and N2 % FEATURES == 0
-    # Beyond the last one a tile reads its last feature again: loads without masks are copied in larger pieces.
+    # Beyond the last feature, a tile reads the last one again: loads without masks are copied in larger pieces.
     read = feature if EVEN else tl.minimum(feature, count - 1)
     w_tile = w_ptr + read.to(tl.int64)[:, None] * w_row + column[None, :]
     x_tile = x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :]
@@ -90,7 +90,7 @@ def _scaled_linears(
         else:
             y = tl.dot(w, tl.trans(x), y)
     if LAUNCHES_EARLY and FILLS:
-        # Any earlier, programs that wait would have the place of some that could work.
+        # Launched any earlier, waiting programs would take the place of programs that could work.
         tl.extra.cuda.gdc_launch_dependents()
     is_own = is_row[None, :] & (feature < count)[:, None]
     if SPLITS > 1:
@@ -111,7 +111,7 @@ def _combine(
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
     BIASED: tl.constexpr, EACH: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK features of one row, of which the parts are added up in their order. EACH: as above."""
+    """BLOCK features of one row: sums their parts in order. EACH: as above."""
     tile, row = tl.program_id(0), tl.program_id(1)
     SECOND: tl.constexpr = (N0 + BLOCK - 1) // BLOCK
     THIRD: tl.constexpr = SECOND + (N1 + BLOCK - 1) // BLOCK
@@ -139,11 +139,11 @@ def _combine(
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """How weights are shared out.
+    """The distribution of weights over programs.
 
     Attributes:
-        columns: of a tile of weights on their way to a program at a time.
-        stages: tiles on their way to it.
+        columns: columns of a tile of weights that are loaded at a time.
+        stages: loads in flight to a program.
         splits: programs that share the width of a tile.
     """
 
@@ -153,14 +153,14 @@ class Shares:
 
     @classmethod
     def of(cls, tiles: int, width: int, rows: int, processors: int, shared: int) -> "Shares":
-        """By what there is to do.
+        """The distribution for a problem size.
 
         Args:
-            tiles: of the features of all layers.
-            width: of a row.
-            rows: of x, padded.
+            tiles: tiles of the features of all layers.
+            width: width of a row.
+            rows: rows of x, padded.
             processors: multiprocessors of the device.
-            shared: bytes of shared memory that a program can have.
+            shared: the most bytes of shared memory of a program.
         """
         columns = max(LEAST_WIDTH, min(SCALED_WIDTH.value, int(triton.next_power_of_2(width))))
         splits = max(1, min(processors // tiles, SCALED_SPLITS.value, triton.cdiv(width, columns)))
@@ -171,16 +171,15 @@ class Shares:
 
 
 IMPRECISE = 128
-"""Products that tensor cores add up before float32 does where a graph doesn't let them add any number, as cuBLAS has
-it."""
+"""Products that tensor cores accumulate before float32 does where a graph doesn't allow any number, as in cuBLAS."""
 
 
 def launch(layers: ScaledLayers, shares: Shares | None = None) -> tuple[Tensor, ...]:
     """The layers.
 
     Args:
-        layers: in all up to `MOST_LINEAR_ROWS` rows; elements of a row and scales side by side.
-        shares: how weights are shared out; None: by sizes.
+        layers: the arguments; in all up to `MOST_LINEAR_ROWS` rows, with contiguous rows and scales.
+        shares: the distribution of weights over programs; None: by sizes.
 
     Returns:
         [..., features_i] in bfloat16 of each, contiguous.
@@ -225,7 +224,7 @@ def launch(layers: ScaledLayers, shares: Shares | None = None) -> tuple[Tensor, 
 
 
 def _scales(scales: Sequence[Tensor], features: Sequence[int]) -> tuple[bool, Sequence[Tensor]]:
-    """Whether every feature has a scale, and them, side by side."""
+    """Whether every feature has a scale, and the scales, contiguous."""
     pairs = list(zip(scales, features, strict=True))
     if all(scale.numel() == 1 for scale, _ in pairs):
         return False, scales
@@ -234,12 +233,12 @@ def _scales(scales: Sequence[Tensor], features: Sequence[int]) -> tuple[bool, Se
 
 
 def _full(bias: Tensor | None, x: Tensor, count: int, is_biased: bool) -> Tensor:
-    """A bias, or what stands for one: zeros where other layers have one."""
+    """A bias or a placeholder: zeros if other layers have a bias, otherwise any tensor."""
     if bias is not None:
         return bias.contiguous()
     return x.new_zeros(count, dtype=torch.bfloat16) if is_biased else x
 
 
 def _padded(values: Sequence[Any]) -> list[Any]:
-    """As many as there can be layers."""
+    """The values, padded to the most layers of an op."""
     return [*values, *[values[0]] * (3 - len(values))]

@@ -1,4 +1,4 @@
-"""How the keys of attention are shared out among programs."""
+"""The split of attention's keys among programs."""
 
 from dataclasses import dataclass, replace
 
@@ -14,24 +14,24 @@ from fuseplan.providers.triton.tuned import (
 )
 
 MOST_SPLITS = 64
-"""Parts that the second kernel puts together at once."""
+"""The most parts that the second kernel combines."""
 
 MOST_ROWS = 64
-"""Of a tile; where a head has more queries, several programs read its keys."""
+"""The most rows of a tile; where a head has more queries, several programs read its keys."""
 
 LEAST_SIDE = 16
-"""Of a tile that tensor cores multiply."""
+"""The least rows of a tile that tensor cores multiply."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """How keys are shared out.
+    """A split of keys.
 
     Attributes:
         count: programs that share the keys of a head.
         block: keys of a tile.
-        warps: of a program.
-        stages: tiles that are on their way to it.
+        warps: warps of a program.
+        stages: tiles in flight to a program.
     """
 
     count: int
@@ -41,11 +41,11 @@ class Split:
 
     @classmethod
     def of(cls, keys: int, key_bytes: int, places: int, processors: int) -> "Split":
-        """By what is known before the lengths are.
+        """The split by sizes that are known before the lengths of sequences.
 
         Args:
-            keys: that there is room for.
-            key_bytes: of a key of one head, padded.
+            keys: the most keys that the cache holds.
+            key_bytes: bytes of a key of one head, padded.
             places: heads of all batches, times tiles of rows.
             processors: multiprocessors of the device.
         """
@@ -57,15 +57,15 @@ class Split:
         return cls(count=count, block=block, warps=warps, stages=stages)
 
     def fitting(self, shared: int, rows: int, key_bytes: int, itemsize: int) -> "Split":
-        """Less on its way, and smaller tiles, where a program has not that much shared memory.
+        """The split with fewer tiles in flight, and smaller tiles, where a program lacks the shared memory for them.
 
         Args:
-            shared: bytes that it can have.
-            rows: of a tile of queries.
-            key_bytes: of a key of one head, padded.
+            shared: the most bytes of a program.
+            rows: rows of a tile of queries.
+            key_bytes: bytes of a key of one head, padded.
             itemsize: bytes of an element.
         """
-        # What Triton 3.6 and 3.7 take: a tile less than stages, but for products of 64 rows from sm_90 on.
+        # Triton 3.6 and 3.7 use memory for one tile less than stages, except in products of 64 rows from sm_90 on.
         tiles = max(1, self.stages - (rows < MOST_ROWS))
         if tiles * 2 * self.block * key_bytes + rows * (key_bytes + self.block * itemsize) <= shared:
             return self

@@ -1,11 +1,11 @@
-"""What was found by measurement and the launchers choose by: numbers, each with where and how it was found.
+"""Tuned numbers: all thresholds that launchers choose by, each with the device and the benchmark it was measured with.
 
-Device, versions and date are those that the benchmarks wrote with what was chosen in the end, and the command is the
-benchmark's. What ran for each of the other choices was not kept, and their figures only where a source gives them.
-Nothing was tuned on a device that it doesn't name.
+Device, versions and date are from the benchmark's result for the final choice; the command is the benchmark's. Runs of
+the other choices were not kept, and their figures only where a source gives them. Nothing was tuned on a device that
+isn't named here.
 
-A launcher knows no other threshold. What follows from the hardware, such as registers of a multiprocessor, or from the
-kernels, such as the units that a workspace is laid out in, is no threshold and stands where it is used.
+Launchers have no other thresholds. Constants of the hardware, such as registers of a multiprocessor, or of the kernels,
+such as the units of a workspace's layout, are no thresholds and stand where they are used.
 """
 
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ class Found:
     """A choice by size.
 
     Attributes:
-        what: is chosen.
-        steps: (up to which size, what then), in order; a single number is one step up to infinity.
-        device: on which it was found.
-        versions: of what ran.
+        what: the quantity that is chosen.
+        steps: (largest size, choice up to that size), in order; a single number is one step up to infinity.
+        device: the device it was measured on.
+        versions: versions of the software that ran.
         date: ISO 8601.
-        command: of the benchmark in which it shows.
-        source: what was seen, or what is known of it.
+        command: the command of the benchmark that shows it.
+        source: the measurements, or what is known of them.
     """
 
     what: str
@@ -37,12 +37,12 @@ class Found:
     source: str
 
     def at(self, size: float) -> int:
-        """What was found best at a size."""
+        """The best choice at a size."""
         return next(value for most, value in self.steps if size <= most)
 
     @property
     def value(self) -> int:
-        """What was found best whatever the size."""
+        """The best choice at any size."""
         return self.at(inf)
 
 
@@ -97,7 +97,7 @@ NORM_THREAD: Final[Mapping[str, Found]] = {
         "2.79 for 128, 6.26, 7.06 and 5.09 for 512",
     ),
 }  # fmt: skip
-"""Of the norm kernel, by epilogue."""
+"""Elements of a thread of the norm kernel, by epilogue."""
 ONE_ROW: Final = _found(_KERNELS, "Rows of a program of the norm kernel.", (inf, 1), source="not measured otherwise")
 GROUPED_ROWS: Final = _found(
     _AGAIN, "The same before fp8 quantisation of groups, without a residual.", (2, 1), (inf, 2),
@@ -126,7 +126,7 @@ HEADS_THREAD: Final = _found(_ROTARY, "Elements of one half that a thread holds.
 SECOND_WAIT_BYTES: Final = _found(
     _BETWEEN_RANKS, "Bytes that the links could send while two shots wait once more than one.", (inf, 7 * 2**16),
     device="4 x NVIDIA H100 80GB HBM3", command="torchrun --nproc-per-node 4 benchmarks/region.py",
-    source="2,880 elements of bfloat16 a row: two shots pay from 0.3 MiB on; what one shot took was not kept, "
+    source="2,880 elements of bfloat16 a row: two shots pay from 0.3 MiB on; the times of one shot were not kept, "
     "benchmarks/results/region_h100x4.json is of this choice; not measured with eight ranks",
 )  # fmt: skip
 FEW_ROWS: Final = _found(
@@ -149,8 +149,8 @@ AHEAD_THREAD: Final = _found(
 AHEAD_REGISTERS: Final = _found(_BETWEEN_RANKS, "Registers of a thread there.", (inf, 128))
 
 L2_SHARE: Final = _found(
-    _KERNELS, "Times the L2, what a call may read and write for what it reads once to be evicted first.", (inf, 1),
-    source="12 % of the time is saved where all of it fits, and 3 % lost beyond",
+    _KERNELS, "The most bytes of a call, as a multiple of the L2, up to which it evicts single reads first.", (inf, 1),
+    source="12 % of the time is saved where all of them fit, and 3 % lost beyond",
 )  # fmt: skip
 
 _SPLIT = replace(

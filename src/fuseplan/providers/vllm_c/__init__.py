@@ -6,17 +6,17 @@ Read from the sources of vLLM 0.22, 0.23, 0.24, 0.28, 0.32 and 0.33 (csrc, some 
   is multiplied by the weight in float32 and rounded once (`gpt_oss`), in 0.23 alone rounded before and after
   (`llama`). It is quantised by the reciprocal of the scale.
 - `quantization/fused_kernels/fused_layernorm_dynamic_per_token_quant.cu` and `layernorm_utils.cuh`, a scale a row or a
-  group: the unrounded sum is normalised, rounded, and multiplied in the weight's dtype (`vllm`, which is `llama` where
-  nothing is added). A scale is max(min(amax, scale_ub) / 448, 1 / (448 * 512)), and divides.
+  group: the unrounded sum is normalised, rounded, and multiplied in the weight's dtype (`vllm`, or `llama` without a
+  residual). A scale is max(min(amax, scale_ub) / 448, 1 / (448 * 512)), and divides.
 - `quantization/activation_kernels.cu`: SiLU is rounded, and so is the product (`llama`), which is quantised by the
   reciprocal of the scale.
 - `quantization/fused_kernels/fused_silu_mul_block_quant.cu`: neither is rounded. A scale is as above, and divides.
 
-All of them write to results that their caller makes, and those that add a residual write the sum over it, so the
-residual is copied first.
+All of them write to results that the caller allocates. Those with a residual write the sum over it, so the residual is
+copied first.
 
-Not used: `rms_norm`, `fused_add_rms_norm` and `silu_and_mul`, since no fused op is one of them alone but
-`fused_add_rms_norm`, whose x and residual would both be copied.
+Not used: `rms_norm`, `fused_add_rms_norm` and `silu_and_mul`. Only `fused_add_rms_norm` is a fused op by itself, and it
+would need copies of both x and the residual.
 """
 
 import importlib.metadata
@@ -34,18 +34,18 @@ from fuseplan.providers.timing import Timing
 from fuseplan.providers.vllm_c import gates, kernels
 
 OLDEST, BEYOND = "0.22", "0.34"
-"""The releases whose sources say where the kernels round: from one to before the other."""
+"""The releases whose sources were read for the rounding of kernels: from the first to before the second."""
 
 ROUNDS_FIRST: Final = ("0.23", "0.24")
-"""The releases among them, from one to before the other, whose norms with a given scale round before they multiply by
-the weight.
+"""The releases among them, from the first to before the second, whose norms with a given scale round before they
+multiply by the weight.
 """
 
 COUNTED = 2**31 - 1
-"""Elements that kernels with addresses in 32 bits can count."""
+"""The most elements that kernels with 32-bit addresses can count."""
 
 TIMES: Final = 2.89
-"""How many times as long as fuseplan's own its kernels take: the median of 48 measurements on an H200, of 1.08 to 11.4
+"""The time of its kernels as a multiple of fuseplan's own: the median of 48 measurements on an H200, from 1.08 to 11.4
 (benchmarks/results/kernels_h200.json, vLLM 0.22, 1 to 32,768 rows).
 """
 
@@ -53,21 +53,21 @@ KERNELS: Final = (
     "rms_norm_static_fp8_quant", "fused_add_rms_norm_static_fp8_quant", "rms_norm_dynamic_per_token_quant",
     "rms_norm_per_block_quant", "silu_and_mul_quant", "silu_and_mul_per_block_quant",
 )  # fmt: skip
-"""Of `torch.ops._C`."""
+"""Names of the ops in `torch.ops._C`."""
 
 
 def most_rows(m: Any) -> int:
-    """How many rows the norms with a given scale can count: they compute addresses in 32 bits."""
+    """The most rows for norms with a given scale: they compute addresses in 32 bits."""
     return COUNTED // int(m.x.shape[-1])
 
 
 def most_activations(m: Any) -> int:
-    """The same of SiLU-and-mul with scales of groups, which reads rows of gate and up."""
+    """The most rows for SiLU-and-mul with scales of groups, which reads rows of gate and up."""
     return COUNTED // (2 * int(m.gate.shape[-1]))
 
 
 def unready() -> str | None:
-    """Why this process hasn't the kernels, or None."""
+    """Why this process doesn't have the kernels, or None."""
     version = PROVIDER.version()
     if version is None:
         return "the vLLM that is installed isn't its build for NVIDIA's GPUs"
@@ -78,7 +78,7 @@ def unready() -> str | None:
 
 
 def static_roundings(version: str | None) -> frozenset[str]:
-    """Where the norms with a given scale of a release round; None: of a new one."""
+    """The roundings of a release's norms with a given scale; None: a new release."""
     first, then = ROUNDS_FIRST
     is_first = version is not None and first <= TorchVersion(version) < then
     return frozenset({Rounding.LLAMA.value if is_first else Rounding.GPT_OSS.value})
@@ -113,7 +113,7 @@ OFFERED: Mapping[DialectOp, tuple[Callable[..., Any], Offer]] = {
         ),
     ),
 }  # fmt: skip
-"""By fused op, and what each takes."""
+"""Kernels and their offers by fused op."""
 
 PROVIDER: Final = Provider(
     name="vllm_c",

@@ -1,4 +1,4 @@
-"""What vLLM's kernels take."""
+"""The limits of vLLM's kernels."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -14,23 +14,23 @@ from fuseplan.record import Reason, Refusal
 from fuseplan.rules import Bindings
 
 MIN_SCALE: Final = 1 / (448 * 512)
-"""`min_scaling_factor` of float8_e4m3fn, which is built in."""
+"""`min_scaling_factor` of float8_e4m3fn, which is built into the kernels."""
 
 GROUPS: Final = frozenset({64, 128})
 LEAST_THREADS: Final = 256
-"""Of a block that normalises a row in groups; each group of the row has threads of its own."""
+"""The least threads of a block that normalises a row in groups; each group of the row has its own threads."""
 
 LAYOUTS: Final = frozenset({ScaleLayout.ROWS.value, ScaleLayout.COLUMNS.value, ScaleLayout.ALIGNED.value})
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantGate(Gate):
-    """A `Gate` with what else the kernels have built in.
+    """A `Gate` with further limits that are built into the kernels.
 
     Attributes:
-        groups: sizes of groups that share a scale; empty: there are none.
-        layouts: how scales of groups may lie.
-        most_groups: of a row.
+        groups: sizes of groups that share a scale; empty: no groups.
+        layouts: supported layouts of the scales of groups.
+        most_groups: the most groups of a row; None: any number.
     """
 
     groups: frozenset[int] = frozenset()
@@ -50,7 +50,7 @@ class QuantGate(Gate):
         return (*super().limits(), f"{sizes}{most}", f"scales in {listed(sorted(self.layouts))}")
 
     def _tensors(self, m: Any) -> Refusal | None:
-        """Why tensors beside x are refused, which kernels read by fixed dtypes."""
+        """The refusal of other tensors than x, which kernels read in fixed dtypes, or None."""
         fixed = {"weight": m.x.dtype, "residual": m.x.dtype, "scale": torch.float32, "scale_ub": torch.float32}
         for name, dtype in fixed.items():
             tensor = getattr(m, name) if m.values.get(name) is not None else None
@@ -82,7 +82,7 @@ class QuantGate(Gate):
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationGate(QuantGate):
-    """The same of kernels that read gate and up as one tensor, whose rows they are the halves of."""
+    """The gate of kernels that read gate and up as one tensor, with both as halves of its rows."""
 
     def __call__(self, m: Any) -> Refusal | None:
         """As `Gate.__call__`."""

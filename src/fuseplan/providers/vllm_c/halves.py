@@ -8,13 +8,13 @@ from fuseplan.graph.facts import equal_size
 
 
 def are_halves(gate: Tensor, up: Tensor) -> bool:
-    """Whether they are the two halves of rows that lie one after the other."""
+    """Whether they are the two halves of contiguous rows."""
     width, step = gate.shape[-1], gate.element_size()
     return up.data_ptr() == gate.data_ptr() + width * step and is_half(gate) and is_half(up)
 
 
 def is_half(x: Tensor) -> bool:
-    """Whether rows of x are halves of rows that lie one after the other."""
+    """Whether rows of x are halves of contiguous rows."""
     expected: Any = 2 * x.shape[-1]
     for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
         if not equal_size(stride, expected) and not equal_size(size, 1):

@@ -1,4 +1,4 @@
-"""Calls of vLLM's kernels, which write to results that are made here. Each takes its op's arguments as attributes."""
+"""Calls of vLLM's kernels, which write to results allocated here. Each takes its op's arguments as attributes."""
 
 from typing import Any, Final
 
@@ -10,14 +10,14 @@ from fuseplan.providers.operands import aligned, rows_of
 from fuseplan.providers.vllm_c.halves import are_halves
 
 NAMESPACE: Final = "_C"
-"""In which vLLM registers its ops with torch."""
+"""The namespace in which vLLM registers its ops with torch."""
 
 
 def registered(name: str) -> Any:
-    """An op of vLLM's.
+    """A vLLM op.
 
     Raises:
-        AttributeError: this process hasn't it.
+        AttributeError: it isn't registered in this process.
     """
     return getattr(getattr(torch.ops, NAMESPACE), name)
 
@@ -52,7 +52,7 @@ def dynamic_norm(m: Any) -> tuple[Tensor, ...]:
     under `vllm`.
 
     Args:
-        m: x, residual and weight as for `static_norm`; min_scale 1 / (448 * 512), which the kernel has built in;
+        m: x, residual and weight as for `static_norm`; min_scale 1 / (448 * 512), which is built into the kernel;
             neither max_scale nor zero_scale; scale_ub, one float32 element, or None; quant_rounding `divide`.
 
     Returns:
@@ -75,11 +75,11 @@ def group_norm(m: Any) -> tuple[Tensor, ...]:
     `vllm`.
 
     Args:
-        m: as for `dynamic_norm`, x of two dimensions where scales don't lie in rows; group_size 64 or 128; neither
+        m: as for `dynamic_norm`, with x of two dimensions where the layout isn't `rows`; group_size 64 or 128; neither
             ue8m0 nor min_power; layout `rows`, `columns` or `aligned`.
 
     Returns:
-        (q, scale) or (q, scale, residual_out): scales [..., hidden / group_size] in float32, as `layout` has it, the
+        (q, scale) or (q, scale, residual_out): scales [..., hidden / group_size] in float32, in the given layout, the
         others [..., hidden], contiguous.
     """
     q, scale, total = _codes(m.x, m.dtype), _scales(m.x, m), _copied_residual(m)
@@ -99,8 +99,7 @@ def static_activation(m: Any) -> Tensor:
 
     Args:
         m: gate [..., intermediate], float16 or bfloat16, the first half of the rows of a contiguous tensor; up, the
-            other half; where they lie anyhow else, they are copied; scale, one float32 element; quant_rounding
-            `multiply`.
+            other half; in any other layout, they are copied; scale, one float32 element; quant_rounding `multiply`.
 
     Returns:
         [..., intermediate] in `dtype`, contiguous.
@@ -113,13 +112,13 @@ def static_activation(m: Any) -> Tensor:
 
 def group_activation(m: Any) -> tuple[Tensor, Tensor]:
     """scale = max(amax(|y|) / 448, min_scale) of each group;  q = clamp(y / scale, -448, 448).to(float8_e4m3fn)
-    of y = silu(gate) * up, rounded nowhere
+    of y = silu(gate) * up, not rounded
 
-    `ops.silu_and_mul_group_fp8_quant` under the rounding `fp32`, but for the rounding of y.
+    `ops.silu_and_mul_group_fp8_quant` under the rounding `fp32`, except that y isn't rounded.
 
     Args:
-        m: gate and up as for `static_activation`; group_size 64 or 128; min_scale 1 / (448 * 512), which the kernel has
-            built in; layout `rows`; quant_rounding `divide`; nothing else, the kernel bounds scales, not largest
+        m: gate and up as for `static_activation`; group_size 64 or 128; min_scale 1 / (448 * 512), which is built into
+            the kernel; layout `rows`; quant_rounding `divide`; nothing else, as the kernel bounds scales, not largest
             elements.
 
     Returns:
@@ -137,12 +136,12 @@ def _codes(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[rows, width], a view of a contiguous tensor: what is written to it is written to that."""
+    """[rows, width], a view of a contiguous tensor: writes to it are writes to the tensor."""
     return x.view(-1, x.shape[-1])
 
 
 def _read(x: Tensor) -> Tensor:
-    """[rows, width], contiguous, where a load may start: a view wherever it can be one."""
+    """[rows, width], contiguous and aligned for loads: a view where possible."""
     return aligned(rows_of(x))
 
 
@@ -151,7 +150,7 @@ def _weight(weight: Tensor) -> Tensor:
 
 
 def _copied_residual(m: Any) -> Tensor | None:
-    """What is added to x, contiguous, where the kernel may write the sum over it; None: nothing is added."""
+    """A contiguous copy of the residual, for the kernel to write the sum over; None: no residual."""
     residual: Tensor | None = vars(m).get("residual")
     return None if residual is None else residual.new_empty(residual.shape).copy_(residual)
 
@@ -161,7 +160,7 @@ def _scales(x: Tensor, m: Any) -> Tensor:
 
 
 def _joined(gate: Tensor, up: Tensor) -> Tensor:
-    """[rows, 2 * width], contiguous: both halves where they lie, if they lie so."""
+    """[rows, 2 * width], contiguous: a view of both halves if they have this layout already."""
     width = gate.shape[-1]
     if are_halves(gate, up):
         rows = gate.numel() // width

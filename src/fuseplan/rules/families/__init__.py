@@ -1,4 +1,4 @@
-"""What fuseplan fuses: parts composed to fused ops, rules that put these into graphs, and sites; a file per family."""
+"""The built-in fusions: fused ops composed of parts, rules that put these into graphs, and sites; a file per family."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,7 +29,7 @@ ops.add(*(rule.op for rule in BUILT_IN_RULES))
 SITES: Mapping[Core, type[Site]] = {
     **ATTENTION_SITES, **CACHED_ROTARY_SITES, **LINEAR_SITES, **SCALED_LINEAR_SITES,
 }  # fmt: skip
-"""Sites of cores that don't work on rows alone."""
+"""Classes of sites for cores that don't work row by row."""
 
 _CORES: Mapping[Any, type[Site]] = {
     op.overload: SITES.get(part, Site) for part in PARTS if isinstance(part, Core) for op in part.cores
@@ -43,6 +43,6 @@ def find_sites(canonical: CanonicalGraph) -> tuple[Site, ...]:
 
 
 def opt_in_parts(rules: Mapping[str, Sequence[Rule]]) -> frozenset[Part]:
-    """The parts that a graph is read for because of rules that are on in it, by name, and else isn't."""
+    """The opt-in parts that a graph is searched for because of the rules that are on in it, given by name."""
     parts = (part_of(rule.core) for members in rules.values() for rule in members)
     return frozenset(part for part in parts if part is not None and part.opt_in)

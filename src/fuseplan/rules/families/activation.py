@@ -1,6 +1,6 @@
 """Fusions around SiLU-and-mul.
 
-silu_and_mul _ and the suffix of an epilogue that is for it [_and_activation where what is quantised is yielded, too]
+silu_and_mul _ and the suffix of one of its epilogues [_and_activation where the unquantised result is yielded as well]
 """
 
 from fuseplan.rules.families.compose import ComposedRule, Member
@@ -17,5 +17,5 @@ ACTIVATION_FAMILY, KEPT_ACTIVATION_FAMILY = (
     {each.epilogue.suffix: op for each, op in _FUSED if each.epilogue is not None and each.keeps is keeps}
     for keeps in (False, True)
 )
-"""Fused activations by the epilogue's suffix, and those that yield what they quantise, too."""
+"""Fused activations by the epilogue's suffix, and those that also yield the unquantised result."""
 ACTIVATION_RULES = tuple(ComposedRule("act_quant", ("fuse_act_quant",), member, op) for member, op in _FUSED)

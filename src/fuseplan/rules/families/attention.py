@@ -33,7 +33,7 @@ fused_attention = fused_as(eager_attention, "fused_attention")
 
 
 class GroupedAttention(Rule):
-    """repeat_heads(k), repeat_heads(v) -> attention  =>  the same attention, which repeats nothing.
+    """repeat_heads(k), repeat_heads(v) -> attention  =>  the same attention without copies of heads.
 
     y = softmax(q @ repeat(k)^T * scale + mask) @ repeat(v)
     """
@@ -46,14 +46,14 @@ class GroupedAttention(Rule):
         return (attention(q, repeat_heads(k, groups), repeat_heads(v, groups), *how),)
 
     def check(self, m: Bindings) -> Refusal | None:
-        """Refuses keys, values and masks of lengths that the graph doesn't know to be equal: calls can't be made up on
-        which a kernel is verified.
+        """Refuses keys, values and masks whose lengths the graph doesn't know to be equal: verification can't make up
+        calls for these.
         """
         return unequal_lengths(m)
 
 
 class EagerAttention(Rule):
-    """eager_attention  =>  the same in one op, which writes no scores and repeats no heads.
+    """eager_attention  =>  the same in one op that neither writes scores nor copies heads.
 
     y = softmax(cat(softcap * tanh(q @ k^T * scale / softcap) + mask, sinks)) @ v
     """
@@ -65,30 +65,30 @@ class EagerAttention(Rule):
         return (eager_attention(*bound.values()),)
 
     def check(self, m: Bindings) -> Refusal | None:
-        """Refuses what `GroupedAttention` does, and numbers of heads that aren't known."""
+        """Refuses unknown numbers of heads, and the lengths that `GroupedAttention` refuses."""
         if not all(isinstance(each.shape[1], int) for each in (m.q, m.k)):
             return m.refuse(Reason.SIZE, "q", "the number of heads isn't known when the graph is compiled")
         return unequal_lengths(m)
 
 
 def unequal_lengths(m: Bindings) -> Refusal | None:
-    """Refuses keys `k`, values `v` and a mask of lengths that the graph doesn't know to be equal."""
+    """Refuses keys `k`, values `v` and a mask whose lengths the graph doesn't know to be equal."""
     read = m.k.shape[2]
     for name, length in (("v", m.v.shape[2]), ("mask", read if m.mask is None else m.mask.shape[-1])):
         if not equal_size(length, read) and not (name == "mask" and equal_size(length, 1)):
-            what = f"{length} values" if name == "v" else f"a mask of {length}"
-            detail = f"attention reads {read} keys and {what}, and the graph doesn't know these to be equal"
+            other = f"{length} values" if name == "v" else f"a mask of {length}"
+            detail = f"attention reads {read} keys and {other}, and the graph doesn't know these to be equal"
             return m.refuse(Reason.SIZE, name, detail, mend="torch._check that these lengths are equal")
     return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape(Shape):
-    """All of an attention that prices depend on, at one size.
+    """Everything about an attention that prices depend on, at one size.
 
     Attributes:
-        sizes: of it, and of the copies before it.
-        kernels: by vendor, what runs it: the graph's own kernel, or the one that torch takes on a device that the graph
+        sizes: sizes of the attention and of the copies before it.
+        kernels: the kernel that runs it, by vendor: the graph's own, or torch's choice on a device that the graph
             wasn't traced on.
     """
 
@@ -101,11 +101,11 @@ class AttentionShape(Shape):
         masked`.
         """
         sizes = self.sizes
-        what = f"{sizes.q_heads} heads of {sizes.width}, {sizes.queries} x {sizes.keys} keys"
-        return f"repeat_heads x{sizes.groups} -> attention {what}, {sizes.kernel} {self.convention}"
+        heads = f"{sizes.q_heads} heads of {sizes.width}, {sizes.queries} x {sizes.keys} keys"
+        return f"repeat_heads x{sizes.groups} -> attention {heads}, {sizes.kernel} {self.convention}"
 
     def unfused(self, model: Pricer) -> tuple[Kernel, ...]:
-        """The site as Inductor leaves it."""
+        """The kernels of the unfused site."""
         return repeated(model.hardware, self._on(model))
 
     def fused(self, model: Pricer, provider: str, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
@@ -113,7 +113,7 @@ class AttentionShape(Shape):
         return grouped(model.hardware, self._on(model), model.timing(provider).heads)
 
     def rest(self, model: Pricer, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
-        """What a fused op leaves of the site: nothing."""
+        """The unfused rest of the site behind a fused op: nothing."""
         return ()
 
     def _on(self, model: Pricer) -> AttentionRegion:
@@ -125,14 +125,14 @@ class AttentionSite(Site):
     """One attention over repeated heads.
 
     Attributes:
-        canonical: its graph.
+        canonical: the graph.
     """
 
     canonical: CanonicalGraph = field(repr=False)
 
     @classmethod
     def at(cls, ordinal: int, core: fx.Node, canonical: CanonicalGraph) -> Self:
-        """The site of an attention of a graph."""
+        """The site of an attention in a graph."""
         return cls(ordinal, core, None, (), canonical)
 
     @property
@@ -145,7 +145,7 @@ class AttentionSite(Site):
         return [node for node in dict.fromkeys(self.core.args[1:3]) if is_dialect(node, repeat_heads)]
 
     def shape(self, rows: int) -> AttentionShape:
-        """The site at a number of rows, of which a dynamic batch, or else dynamic tokens, make more or fewer."""
+        """The site at a number of rows, by which a dynamic batch, or otherwise dynamic tokens, are scaled."""
         q, k, mask = (tensor_of(self.core.args[index]) for index in (0, 1, 3))
         shared = tensor_of(self._repeats[0].args[0]) if self._repeats else k
         assert q is not None and k is not None and shared is not None
@@ -167,15 +167,15 @@ class AttentionSite(Site):
 
     @property
     def _copies(self) -> bool:
-        """Whether heads are copied in memory, which a single one need not be."""
+        """Whether heads are copied in memory; copies of a single head may be a view."""
         claimed = self.canonical.claims(self._repeats)
         return any(node.target in (aten.clone.default, aten.repeat.default) for node in claimed) or any(
             (value := tensor_of(node.args[0])) is not None and value.shape[1] != 1 for node in self._repeats
         )
 
     def taken(self, nodes: Collection[fx.Node]) -> Taken | None:
-        """What a fusion that consumes `nodes` takes; None where that is more than the site, and the rotation of the
-        queries with what is written into the caches before it.
+        """The parts that a fusion takes if it consumes `nodes`; None if they include more than the site and the
+        rotation and cache writes before it.
         """
         others = {*nodes} - {*self.parts}
         if self.core not in nodes:
@@ -184,7 +184,7 @@ class AttentionSite(Site):
         return Taken(reduce=False, tail=None, also=also) if also or not others else None
 
     def _before(self, nodes: Collection[fx.Node]) -> tuple[tuple[fx.Node, Taken], ...]:
-        """The site whose parts all of `nodes` are."""
+        """The site that contains all of `nodes`."""
         sites: dict[Any, type[Site]] = {cached_rotary.overload: CachedRotarySite, rms_norm.overload: Site}
         for node in sorted(nodes):
             if node.target in sites:
@@ -196,7 +196,7 @@ class AttentionSite(Site):
 
 @dataclass(frozen=True, kw_only=True)
 class EagerAttentionShape(AttentionShape):
-    """All of an attention that is spelled out, at one size."""
+    """Everything about a spelled-out attention that prices depend on, at one size."""
 
     @property
     def signature(self) -> str:
@@ -204,13 +204,13 @@ class EagerAttentionShape(AttentionShape):
         masked sinks`.
         """
         sizes = self.sizes
-        what = f"{sizes.q_heads} heads of {sizes.width} in groups of {sizes.groups}"
-        return f"eager_attention {what}, {sizes.queries} x {sizes.keys} keys {self.convention}"
+        heads = f"{sizes.q_heads} heads of {sizes.width} in groups of {sizes.groups}"
+        return f"eager_attention {heads}, {sizes.queries} x {sizes.keys} keys {self.convention}"
 
 
 @dataclass(frozen=True, eq=False)
 class EagerAttentionSite(AttentionSite):
-    """One attention that is spelled out."""
+    """One spelled-out attention."""
 
     @property
     def parts(self) -> list[fx.Node]:

@@ -1,5 +1,5 @@
-"""The fusions of a decode step's attention with what comes before it: rotary embedding, with QK norm before it or
-without, and the writes of the new keys and values into the static caches that attention reads.
+"""The fusions of a decode step's attention with the ops before it: rotary embedding, with or without QK norm, and the
+writes of the new keys and values into the static caches that attention reads.
 """
 
 from collections.abc import Sequence
@@ -32,16 +32,16 @@ from fuseplan.rules.parts.eager_attention import eager_attention
 
 
 def _attending(attend: DialectOp, samples: Sequence[Sample]) -> DialectOp:
-    """The fused op of writing the caches and attending to them.
+    """Defines the fused op that writes the caches and attends to them.
 
     q, k_cache, v_cache = rope_cache(q, k, v, ...);  y = attend(q, k_cache, v_cache, ...), each as its own reference
-    computes it. The arguments are those of `rope_cache`, then from the mask on those of `attend`, whose keys and values
-    are the caches. It yields (y, k_cache, v_cache): y as `attend` does of contiguous queries, and the caches as they
-    are afterwards. It raises what both do.
+    computes it. It takes the arguments of `rope_cache`, then those of `attend` from the mask on; the caches are the
+    keys and values. It yields (y, k_cache, v_cache): y as `attend` yields it for contiguous queries, and the updated
+    caches. It raises the errors of both.
 
     Args:
-        attend: `attention`, of as many heads of queries as of keys or more, or `eager_attention`.
-        samples: of the fused op.
+        attend: `attention`, with at least as many heads of queries as of keys, or `eager_attention`.
+        samples: samples of the fused op.
     """
     count, own = len(rope_cache.parameters), [*rope_cache.parameters, *attend.parameters[3:]]
 
@@ -99,7 +99,7 @@ _CACHED = (
     cached_sample(2, (4, 1), 1, (24, 24), 1, (2, 24), torch.bfloat16, RotaryRounding.PRODUCTS),
     cached_sample(2, (4, 2), 3, (16, 16), 9, (1, 8), torch.float32, RotaryRounding.PRODUCTS),
 )
-"""Of the third the caches are as long as there are tokens."""
+"""In the third sample, the caches are as long as there are tokens."""
 
 _SAMPLES = [_sample(each, masked=masked) for each, masked in zip(_CACHED, (True, True, False, True), strict=True)]
 _NORMS = (Rounding.LLAMA, Rounding.GPT_OSS, Rounding.GEMMA, Rounding.LLAMA)
@@ -115,10 +115,10 @@ rope_cached_eager_attention = _attending(
 
 
 class _AttendingRule(CachedRule):
-    """What rules refuse that write caches and attend to them."""
+    """The refusals of rules that write caches and attend to them."""
 
     def check(self, m: Bindings) -> Refusal | None:
-        """Refuses what the rules of both parts do."""
+        """Refuses matches that the rules of either part refuse."""
         read = {"k": m.values["k_cache"], "v": m.values["v_cache"], "mask": m.values["mask"]}
         return super().check(m) or unequal_lengths(Bindings(m.rule, read))
 
@@ -142,7 +142,7 @@ class CachedAttention(_AttendingRule):
 class CachedEagerAttention(_AttendingRule):
     """cached_rotary(q, k, v, k_cache, v_cache) -> eager_attention  =>  one op that writes in place.
 
-    As `CachedAttention`, of attention that is spelled out: scores may have a soft-cap, and heads a sink.
+    Like `CachedAttention`, for spelled-out attention: scores may have a soft-cap, and heads a sink.
     """
 
     name, flags = "cached_eager_attention", ("fuse_cached_attention", "fuse_eager_attention", "fuse_rope_cache")
@@ -158,7 +158,7 @@ class QkNormCachedAttention(NormedCachedRule, _AttendingRule):
     """rms_norm(q), rms_norm(k) (-> transpose) -> rotary_embedding -> cache_write -> repeat_heads -> attention  =>  one
     op that writes in place.
 
-    As `CachedAttention`, of n = rms_norm(x) * weight for q and k.
+    Like `CachedAttention`, with n = rms_norm(x) * weight for q and k.
     """
 
     name = "qk_norm_cached_attention"
@@ -176,7 +176,7 @@ def _items(results: Any) -> tuple[Any, Any, Any]:
 
 
 def _attended(q: Any, caches: Any, groups: Any, *how: Any) -> tuple[Any, ...]:
-    """Attention over both caches, whose heads are repeated, and the caches."""
+    """Attention over both caches with repeated heads, and the caches."""
     return attention(q, *(repeat_heads(each, groups) for each in caches), *how), *caches
 
 

@@ -1,6 +1,4 @@
-"""The fusions of rotary embedding, with QK norm before it or without, and the writes of keys and values into a static
-cache.
-"""
+"""The fusions of rotary embedding, with or without QK norm, and the writes of keys and values into a static cache."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -28,11 +26,11 @@ qk_norm_rope_cache = normed(rope_cache, "qk_norm_rope_cache", by_norms(rope_cach
 
 
 class CachedRule(Rule):
-    """What both rules refuse."""
+    """The refusals of both rules."""
 
     def check(self, m: Bindings) -> Refusal | None:
-        """Refuses what the fused op doesn't compute: mixed and unsupported dtypes, sizes that aren't known, other
-        layouts of the angles, more tokens than the cache has room for.
+        """Refuses matches that the fused op doesn't support: mixed and unsupported dtypes, unknown sizes, other layouts
+        of the angles, more tokens than fit into the cache.
         """
         weights = [name for name in ("q_weight", "k_weight") if name in m.values]
         return refuse_dtypes(m, ("k", "v", *CACHES, *weights)) or self._shapes(m)
@@ -72,7 +70,7 @@ class CachedRule(Rule):
 
 
 class NormedCachedRule(CachedRule, NormedRule):
-    """The same of queries and keys that are normed before."""
+    """The same for queries and keys with a norm before them."""
 
     def replacement(self, **bound: Any) -> Any:
         return super().replacement(**{**bound, "q": self._moved(bound["q"]), "k": self._moved(bound["k"])})
@@ -88,7 +86,7 @@ class NormedCachedRule(CachedRule, NormedRule):
 
 
 def _is_one_of_each_token(cos: Tensor, q: Tensor) -> bool:
-    """Whether angles are [batch or 1, 1, tokens or 1, ...] of queries [batch, heads, tokens, head_dim]."""
+    """Whether angles are [batch or 1, 1, tokens or 1, ...] for queries [batch, heads, tokens, head_dim]."""
     if cos.dim() != 4 or not equal_size(cos.shape[1], 1):
         return False
     return all(equal_size(cos.shape[dim], 1) or equal_size(cos.shape[dim], q.shape[dim]) for dim in (0, 2))
@@ -128,10 +126,10 @@ class QkNormRopeCache(NormedCachedRule):
 
 @dataclass(frozen=True, kw_only=True)
 class CachedRotaryShape(Shape):
-    """All of a rotation and its writes that prices depend on, at one size.
+    """Everything about a rotation and its writes that prices depend on, at one size.
 
     Attributes:
-        sizes: of it.
+        sizes: the sizes of both.
     """
 
     sizes: CachedRegion
@@ -144,7 +142,7 @@ class CachedRotaryShape(Shape):
         return f"{self.core.name} {sizes.q_heads}+{sizes.heads} heads {sizes.width}{values} {self.convention}"
 
     def unfused(self, model: Pricer) -> tuple[Kernel, ...]:
-        """The site as Inductor leaves it."""
+        """The kernels of the unfused site."""
         return self.sizes.unfused(model)
 
     def fused(self, model: Pricer, provider: str, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
@@ -152,14 +150,14 @@ class CachedRotaryShape(Shape):
         return self.sizes.fused(model, eager=model.timing(provider).eager)
 
     def within(self, model: Pricer, provider: str, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
-        """What `fused` adds to the kernel that reads the queries: these are neither written nor read again."""
+        """The cost that `fused` adds to the kernel that reads the queries: these are neither written nor read again."""
         if model.timing(provider).eager:
             return self.fused(model, provider, reduce=reduce, tail=tail)
         (kernel,) = replace(self.sizes, q_heads=0).fused(model, eager=False)
         return (replace(kernel, launch=0),)
 
     def rest(self, model: Pricer, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
-        """What a fused op leaves of the site: nothing."""
+        """The unfused rest of the site behind a fused op: nothing."""
         return ()
 
 
@@ -169,7 +167,7 @@ class CachedRotarySite(Site):
 
     @classmethod
     def at(cls, ordinal: int, core: fx.Node, canonical: CanonicalGraph) -> Self:
-        """The site of one of a graph."""
+        """The site of a core in a graph."""
         return cls(ordinal, core, None, ())
 
     def shape(self, rows: int) -> CachedRotaryShape:
@@ -188,7 +186,7 @@ class CachedRotarySite(Site):
         )  # fmt: skip
 
     def taken(self, nodes: Collection[fx.Node]) -> Taken | None:
-        """What a fusion that consumes `nodes` takes; None where that is more than the site."""
+        """The parts that a fusion takes if it consumes `nodes`; None if they include more than the site."""
         others = {node for node in nodes if node not in self.core.users and node is not self.core}
         return Taken(reduce=False, tail=None) if self.core in nodes and not others else None
 

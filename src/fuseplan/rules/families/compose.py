@@ -1,12 +1,12 @@
-"""Fused ops and rules of a core with what may stand around it, composed and not enumerated: prologue x core x epilogue.
+"""Fused ops and rules of a core with its neighbours, composed and not enumerated: prologue x core x epilogue.
 
 A member's arguments and results follow from its parts:
 
     (the core's, with a residual where one is added, [the epilogue's own], [the prologue's own])
         -> (y or the epilogue's, [y where it is kept], [the sum])
 
-The last result is what a core with a residual or a prologue read: x + residual, rounded, or the reduced x where there
-is no residual. A member with neither yields no such result, since it would be x itself.
+The last result is the input of a core with a residual or a prologue: x + residual, rounded, or without a residual the
+reduced x. A member with neither has no such result, since it would be x itself.
 """
 
 from collections.abc import Collection, Sequence
@@ -30,12 +30,12 @@ def _results(values: tuple[Any, ...]) -> Any:
 
 
 def fused_as(op: DialectOp, name: str, *, samples: Sequence[Sample] = (), writes: Sequence[str] = ()) -> DialectOp:
-    """The fused op that computes what a single op does.
+    """A fused op that computes the same as a single op.
 
     Args:
-        op: what it computes, with its reference, fake and tolerance.
-        name: of the fused op.
-        samples: of it, where these are others than the op's own.
+        op: the op, with its reference, fake and tolerance.
+        name: the name of the fused op.
+        samples: samples of the fused op, where they differ from the op's own.
         writes: the arguments that its kernels write to.
     """
     return define(
@@ -53,15 +53,15 @@ def fused_as(op: DialectOp, name: str, *, samples: Sequence[Sample] = (), writes
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Member:
-    """One way to put parts together.
+    """One combination of parts.
 
     Attributes:
-        core: in the middle.
-        prologue: what is done to its input; None: nothing.
+        core: the core.
+        prologue: the op on its input; None: no op.
         residual: whether a residual is added before it.
-        epilogue: what is done to its result; None: nothing.
-        keeps: whether the core's own result is yielded beside the epilogue's, as where others read it, too; None: it
-            comes out of the epilogue's, or there is no member for such places.
+        epilogue: the op on its result; None: no op.
+        keeps: whether the core's own result is yielded beside the epilogue's, for its other readers; None: it can be
+            recovered from the epilogue's result, or no member covers such places.
     """
 
     core: Core
@@ -76,21 +76,21 @@ class Member:
 
     @property
     def op(self) -> DialectOp:
-        """The unfused op in the middle."""
+        """The unfused op of the core."""
         op = self.core.residual_op if self.residual else self.core.op
         assert op is not None
         return op
 
     @property
     def parts(self) -> list[DialectOp]:
-        """The ops of which it is composed, in their order."""
+        """The ops that it is composed of, in order."""
         ends = (self.prologue, self.epilogue)
         before, after = ([part.op] if part is not None else [] for part in ends)
         return [*before, self.op, *after]
 
     @property
     def name(self) -> str:
-        """The fused op's name: the parts', and where the op in the middle is all there is, not quite its own."""
+        """The fused op's name: the names of its parts, or for a core alone its op's name without `fused_`."""
         if self.prologue is None and self.epilogue is None:
             return self.op.name.removeprefix("fused_")
         names = (
@@ -103,7 +103,7 @@ class Member:
 
     @property
     def yields_sum(self) -> bool:
-        """Whether it yields what the core reads, too."""
+        """Whether it also yields the input of the core."""
         return self.residual or self.prologue is not None
 
     def compute(
@@ -113,13 +113,13 @@ class Member:
 
         Args:
             before: computes the prologue.
-            core: the op in the middle.
-            after: the epilogue.
-            arguments: of the fused op, in its order.
-            keeps_core: whether the core's own result is yielded, too, where only the epilogue's has it.
+            core: computes the core.
+            after: computes the epilogue.
+            arguments: arguments of the fused op, in its order.
+            keeps_core: whether to yield the core's own result even where the epilogue's result contains it.
 
         Returns:
-            All that it yields.
+            All results.
         """
         count = len(self.op.parameters)
         last = len(arguments) - (len(self.prologue.parameters) if self.prologue else 0)
@@ -136,7 +136,7 @@ class Member:
         return (*values, total) if self.yields_sum else values
 
     def define(self) -> DialectOp:
-        """Defines the fused op: its reference and fake are those of its parts, one after the other."""
+        """Defines the fused op: its reference and fake run those of its parts, one after the other."""
         prologue, epilogue = self.prologue, self.epilogue
         parameters = [*self.op.parameters, *(epilogue.parameters if epilogue else ())]
         parameters += prologue.parameters if prologue else ()
@@ -183,8 +183,8 @@ class Member:
 class ComposedRule(Rule):
     """[prologue ->] [+ residual ->] core [-> epilogue]  =>  one op.
 
-    The values it yields beside the first: the core's own where the op keeps it or the epilogue's first one has it, and
-    the sum that the core read.
+    Further values after the first: the core's own result, where the op keeps it or the epilogue's first result contains
+    it, and the sum that the core reads.
     """
 
     def __init__(self, name: str, flags: tuple[str, ...], member: Member, op: DialectOp) -> None:
@@ -192,7 +192,7 @@ class ComposedRule(Rule):
         self.op, self.core = op, member.op
 
     def takes(self, core: fx.Node, consumed: Collection[fx.Node]) -> bool:
-        """Of two members, the one that keeps the core's result takes those cores that others read, too."""
+        """Of two members, the one that keeps the core's result takes the cores that have other readers."""
         if self.member.keeps is None:
             return True
         result = item(core, 0) if self.member.residual else core
@@ -207,7 +207,7 @@ class ComposedRule(Rule):
         return self.member.compute(before, self.core, after, arguments, keeps_core=True)
 
     def replacement(self, **bound: Any) -> Any:
-        """The fused op, and the core's result out of the epilogue's."""
+        """The fused op, and the core's result recovered from the epilogue's."""
         results = super().replacement(**bound)
         epilogue = self.member.epilogue
         if epilogue is None or epilogue.core_of is None:

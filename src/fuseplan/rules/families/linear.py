@@ -1,5 +1,5 @@
-"""Linear layers of few rows in one kernel: several that read one input, with SiLU-and-mul behind gate and up, and one
-alone.
+"""Linear layers of few rows in one kernel: several layers that read one input, gate and up with SiLU-and-mul, and a
+single layer.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -63,11 +63,11 @@ _ROUNDINGS = (ActivationRounding.LLAMA, ActivationRounding.FP32, ActivationRound
 
 
 def _activated(count: int, arguments: Callable[..., tuple[Any, ...]] = lambda *given: given) -> list[Sample]:
-    """Samples of so many layers with an activation behind them.
+    """Samples of this many layers with an activation behind them.
 
     Args:
-        count: of the layers.
-        arguments: of the fused op but for its rounding, by those of the layers.
+        count: number of layers.
+        arguments: makes the fused op's arguments, without its rounding, from those of the layers.
     """
 
     def sample(layers: Sample, rounding: ActivationRounding) -> Sample:
@@ -137,8 +137,8 @@ HALVED = define(
 
 
 DEFAULT_ON = DefaultOn(most_tokens=32, devices=("gh200", "h100", "h200"))
-"""Measured on an H200, `benchmarks/results/decode_one_gpu_h200.json`; the others are the same chip, and of 920 random
-models none had other numbers.
+"""Measured on an H200, `benchmarks/results/decode_one_gpu_h200.json`; the other devices have the same chip, and none of
+920 random models gave different numbers.
 """
 
 
@@ -162,10 +162,10 @@ class Linears(Rule):
 class GatedLinears(Rule):
     """linear(x, weight0), linear(x, weight1) -> silu_and_mul  =>  one op.
 
-    y = silu(x @ weight0^T) * (x @ weight1^T), and with the weights swapped where a graph has up before gate
+    y = silu(x @ weight0^T) * (x @ weight1^T), with the weights swapped where a graph has up before gate
 
     Args:
-        up_first: whether it has.
+        up_first: whether the graph has up before gate.
     """
 
     def __init__(self, *, up_first: bool) -> None:
@@ -176,7 +176,7 @@ class GatedLinears(Rule):
     op, core = GATED, LINEARS[1]
 
     def pattern(self, **bound: Any) -> Any:
-        """The layers, and the activation of their results."""
+        """The layers and the activation of their results."""
         *layers, rounding = bound.values()
         found = self.core(*layers)
         gate, up = (1, 0) if self.up_first else (0, 1)
@@ -205,7 +205,7 @@ class HalvedLinear(Rule):
     op, core = HALVED, LINEARS[0]
 
     def pattern(self, x: Any, weight0: Any, bias0: Any, rounding: Any) -> Any:
-        """The layer, and the activation of its result's halves."""
+        """The layer and the activation of its result's halves."""
         found = HALVES(LINEARS[0](x, weight0, bias0))
         return (silu_and_mul(found[0], found[1], rounding),)
 
@@ -217,23 +217,23 @@ class Activation(Tail):
     name = "silu_and_mul"
 
     def result_bytes(self, region: Region) -> int:
-        """One activation of gate's size."""
+        """Bytes of one activation of gate's size."""
         return region.row_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts(Tail):
-    """What a norm behind a layer of few features allows: that several programs share its width."""
+    """A layer's result in parts: a norm behind a layer of few features allows several programs to share its width."""
 
     name = "parts"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearShape(Shape):
-    """All of a group of layers that prices depend on, at one size.
+    """Everything about a group of layers that prices depend on, at one size.
 
     Attributes:
-        sizes: of them.
+        sizes: the sizes of the layers.
     """
 
     sizes: LinearRegion
@@ -245,23 +245,23 @@ class LinearShape(Shape):
         return f"linear {self.width} -> {features}{' -> silu_and_mul' * bool(self.tails)} {self.convention}"
 
     def unfused(self, model: Pricer) -> tuple[Kernel, ...]:
-        """The site as Inductor leaves it."""
+        """The kernels of the unfused site."""
         return (*library_kernels(model.hardware, self.sizes), *self._activation(model.hardware))
 
     def fused(self, model: Pricer, provider: str, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
-        """The fused op alone; by the reference as it is, behind an opaque op."""
+        """The fused op alone; the reference is the unfused layers behind an opaque op."""
         if model.timing(provider).eager:
             own = (*library_kernels(model.hardware, self.sizes),)
             opaque = Kernel(name="opaque op", launch=round(model.hardware.launch.value))
             return (*own, *(self._activation(model.hardware) if tail else ()), opaque)
         if isinstance(tail, Parts):
-            # The norm that puts the parts together is a kernel of its own.
+            # The norm that sums the parts is a separate kernel.
             behind = Kernel(name="launch of the norm", launch=round(model.hardware.launch.value))
             return (skinny_kernel(model.hardware, self.sizes, shares_width=True), behind)
         return (skinny_kernel(model.hardware, self.sizes),)
 
     def rest(self, model: Pricer, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
-        """What a fused op leaves of the site: the activation."""
+        """The unfused rest of the site behind a fused op: the activation, unless the op takes it."""
         return () if tail is not None else self._activation(model.hardware)
 
     def _activation(self, hardware: Hardware) -> tuple[Kernel, ...]:
@@ -280,7 +280,7 @@ class LinearSite(Site):
 
     @classmethod
     def at(cls, ordinal: int, core: fx.Node, canonical: CanonicalGraph) -> Self:
-        """The site of a group of layers of a graph."""
+        """The site of a group of layers in a graph."""
         activation = _activation_of(core)
         return cls(ordinal, core, None, () if activation is None else (activation,))
 
@@ -300,8 +300,8 @@ class LinearSite(Site):
         )  # fmt: skip
 
     def taken(self, nodes: Collection[fx.Node]) -> Taken | None:
-        """What a fusion that consumes `nodes` takes; None where that is more than the site, and the residual add and
-        the norm behind a single layer.
+        """The parts that a fusion takes if it consumes `nodes`; None if they include more than the site and the
+        residual add and norm behind a single layer.
         """
         nodes = [node for node in nodes if not is_dialect(node, HALVES)]
         norms = [node for node in nodes if is_dialect(node, fused_add_rms_norm)]
@@ -315,7 +315,7 @@ class LinearSite(Site):
 
 
 def _activation_of(core: fx.Node) -> fx.Node | None:
-    """The SiLU-and-mul that alone reads the results of two layers, or the halves of one's."""
+    """The SiLU-and-mul that is the only reader of two layers' results, or of the halves of one layer's."""
     reader = _reader(core) if is_dialect(core, LINEARS[0]) else core
     if reader is None or not is_dialect(reader, LINEARS[1], HALVES):
         return None
@@ -324,7 +324,7 @@ def _activation_of(core: fx.Node) -> fx.Node | None:
 
 
 def _reader(*values: fx.Node) -> fx.Node | None:
-    """What alone reads all of them."""
+    """The only reader of all values, if there is just one."""
     readers = {reader for value in values for reader in value.users}
     return next(iter(readers)) if len(readers) == 1 else None
 

@@ -1,8 +1,8 @@
 """Linear layers of few rows with the residual add and the RMSNorm behind them: the output projection of attention, and
 the last layer of a block.
 
-Such a layer has too few features for all of a device: fewer tiles than processors. Behind it comes a norm, so several
-programs can each take a part of the width, and the norm's kernel puts the parts together as it reads them.
+Such a layer has too few features to fill a device: fewer tiles than processors. Since a norm follows, several programs
+can each take a part of the width, and the norm's kernel sums the parts as it reads them.
 """
 
 from typing import Any
@@ -38,10 +38,10 @@ def linear_add_rms_norm_reference(
         residual: [..., features], x's dtype, or float32 under `vllm_fp32_residual`.
         norm_weight: [features].
         eps: added to the mean square.
-        rounding: one of `Rounding`; the layer's result is rounded to x's dtype whichever it is.
+        rounding: one of `Rounding`; the layer's result is rounded to x's dtype in any case.
 
     Returns:
-        (y, residual_out), both [..., features] and contiguous, as of `fused_add_rms_norm`.
+        (y, residual_out), both [..., features] and contiguous, as in `fused_add_rms_norm`.
 
     Raises:
         ValueError: `rounding` isn't one of `Rounding`.
@@ -96,12 +96,12 @@ class LinearAddNorm(Rule):
     def pattern(
         self, x: Any, weight0: Any, bias0: Any, residual: Any, norm_weight: Any, eps: Any, rounding: Any
     ) -> Any:
-        """The layer, and the norm of the sum."""
+        """The layer and the norm of the sum."""
         found = fused_add_rms_norm(LINEARS[0](x, weight0, bias0), residual, norm_weight, eps, rounding)
         return found[0], found[1]
 
     def check(self, m: Bindings) -> Refusal | None:
-        """Refuses the dtypes that a fused norm does."""
+        """Refuses the dtypes that fused norms refuse."""
         return unsupported_dtypes(m, "norm_weight")
 
 

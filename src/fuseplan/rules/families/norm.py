@@ -1,7 +1,7 @@
 """Fusions around RMSNorm.
 
-[all_reduce_] [fused_add_] rms_norm [_ and the suffix of an epilogue that is for it] [_and_norm where what is quantised
-is yielded, too], and `add_rms_norm` where a residual alone is before it
+[all_reduce_] [fused_add_] rms_norm [_ and the suffix of one of its epilogues] [_and_norm where the unquantised result
+is yielded as well], and `add_rms_norm` for a residual add alone
 """
 
 from fuseplan.graph.facts import dtype_text
@@ -17,22 +17,22 @@ NAMES = {
     Kind.PADDING: ("act_padding", "allreduce_rms_padding", "fuse_act_padding"),
     Kind.QUANTISATION: ("norm_quant", "allreduce_rms_quant", "fuse_norm_quant"),
 }
-"""Of the rules of an epilogue, without an all-reduce and with one, and its flag."""
+"""By kind of epilogue: the names of its rules, without and with an all-reduce, and its flag."""
 
 
 class NormRule(ComposedRule):
     """y = epilogue(rms_norm(sum_ranks(x) + residual) * weight)
 
-    Where others read the norm beside a quantisation, as the router of a mixture of experts does, the op yields both.
+    Where a quantised norm has other readers, like the router of a mixture of experts, the op yields both results.
     """
 
     def check(self, m: Bindings) -> Refusal | None:
-        """Refuses what the fused op doesn't compute: mixed and unsupported dtypes."""
+        """Refuses mixed and unsupported dtypes."""
         return unsupported_dtypes(m, "weight")
 
 
 def unsupported_dtypes(m: Bindings, name: str) -> Refusal | None:
-    """Refuses an x that no fused norm takes, and a weight of that name in another dtype than x."""
+    """Refuses an x in a dtype that no fused norm takes, and a weight, by its name, in another dtype than x."""
     if m.x.dtype not in SUPPORTED:
         names = ", ".join(map(dtype_text, SUPPORTED))
         return m.refuse(Reason.DTYPE, "x", f"x is {dtype_text(m.x.dtype)}; supported are {names}")
@@ -46,8 +46,8 @@ def unsupported_dtypes(m: Bindings, name: str) -> Refusal | None:
 class AddNormRule(NormRule):
     """y = rms_norm(x + residual) * weight, in a kernel that is launched before the layers around it have ended.
 
-    Of many rows Inductor's own kernel is as fast. Without a residual there is nothing to win: what yields x would no
-    longer be part of the norm's kernel.
+    For many rows Inductor's own kernel is as fast. Without a residual there is nothing to gain: the producer of x would
+    no longer be part of the norm's kernel.
     """
 
     opt_in, default_on = "fuse_add_rms_norm", DEFAULT_ON
@@ -87,6 +87,6 @@ NORM_FAMILY, KEPT_NORM_FAMILY = (
     for keeps in (False, True)
 )
 """Fused norms by (whether an all-reduce comes before them, whether a residual is added, the epilogue's suffix), and
-those that yield what they quantise, too.
+those that also yield the unquantised result.
 """
 NORM_RULES = tuple(_rule(member, op) for member, op in _FUSED)

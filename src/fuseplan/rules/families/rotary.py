@@ -17,19 +17,19 @@ from fuseplan.rules.parts.rotary import rotary_embedding
 def normed(op: DialectOp, name: str, samples: Sequence[tuple[Sample, Rounding]]) -> DialectOp:
     """The fused op of an op that rotates q and k, and of the norms before it: op(rms_norm(q), rms_norm(k), ...).
 
-    Its arguments are those of `op`, with q_weight and k_weight [head_dim] before cos, and before rotary_rounding, which
-    may be `rounding` there, eps, which is added to the mean squares, and one of `Rounding`, of both norms. It yields
-    what `op` does, and raises ValueError where `rounding` isn't one of theirs, too.
+    It takes the arguments of `op`, with q_weight and k_weight [head_dim] before cos. Before rotary_rounding, which `op`
+    may call `rounding`, come eps, added to the mean squares, and `rounding`, one of `Rounding`, for both norms. It
+    yields the results of `op`, and also raises ValueError where `rounding` isn't one of `Rounding`.
 
     Args:
-        op: what rotates, and may write caches and attend.
-        name: of the fused op.
-        samples: of `op`, and how norms before it round.
+        op: the op that rotates; it may also write caches and attend.
+        name: the name of the fused op.
+        samples: samples of `op`, each with the rounding of the norms before it.
     """
     parameters = op.parameters
-    angles, turn = parameters.index("Tensor cos"), next(i for i, each in enumerate(parameters) if each[:4] == "str ")
+    angles, place = parameters.index("Tensor cos"), next(i for i, each in enumerate(parameters) if each[:4] == "str ")
     weights = ["Tensor q_weight", "Tensor k_weight"]
-    norms = [*parameters[:angles], *weights, *parameters[angles:turn], "float eps", "str rounding"]
+    norms = [*parameters[:angles], *weights, *parameters[angles:place], "float eps", "str rounding"]
     last = len(norms)
 
     def run(kind: str, arguments: Sequence[Any]) -> Any:
@@ -50,14 +50,14 @@ def normed(op: DialectOp, name: str, samples: Sequence[tuple[Sample, Rounding]])
             q, eps = arguments[0], 1e-6
             noise = [random_tensor(q.shape[-1:], torch.float32, device, generator) for _ in weights]
             drawn = [(1 + 0.1 * each).to(q.dtype) for each in noise]
-            return *arguments[:angles], *drawn, *arguments[angles:turn], eps, rounding.value, *arguments[turn:]
+            return *arguments[:angles], *drawn, *arguments[angles:place], eps, rounding.value, *arguments[place:]
 
         return Sample(name=f"{plain.name}-{rounding}", make=make)
 
     reference.__doc__ = f"{op.name} of rms_norm(q, q_weight) and rms_norm(k, k_weight), each as its own reference does."
     return define(
         name,
-        f"({', '.join([*norms, 'str rotary_rounding', *parameters[turn + 1 :]])}) -> {op.schema.split(' -> ')[1]}",
+        f"({', '.join([*norms, 'str rotary_rounding', *parameters[place + 1 :]])}) -> {op.schema.split(' -> ')[1]}",
         reference=reference,
         fake=fake,
         samples=[sample(*each) for each in samples],
@@ -69,7 +69,7 @@ def normed(op: DialectOp, name: str, samples: Sequence[tuple[Sample, Rounding]])
 
 
 def by_norms(samples: Sequence[Sample]) -> list[tuple[Sample, Rounding]]:
-    """Samples with norms before them: all of them by one rounding, the first by the others, too."""
+    """Samples with place of the norms before them: one rounding for all samples, and the others for the first."""
     further = [(samples[0], each) for each in (Rounding.GPT_OSS, Rounding.GEMMA)]
     return [*((each, Rounding.LLAMA) for each in samples), *further]
 
@@ -81,7 +81,7 @@ HEADS_FIRST = (0, 2, 1, 3)
 
 
 def refuse_dtypes(m: Bindings, others: Sequence[str]) -> Refusal | None:
-    """Refuses queries of a dtype that fused norms don't take, and other tensors of another one than theirs."""
+    """Refuses queries in a dtype that fused norms don't take, and other tensors in another dtype than the queries."""
     if m.q.dtype not in SUPPORTED:
         names = ", ".join(map(dtype_text, SUPPORTED))
         return m.refuse(Reason.DTYPE, "q", f"q is {dtype_text(m.q.dtype)}; supported are {names}")
@@ -94,11 +94,11 @@ def refuse_dtypes(m: Bindings, others: Sequence[str]) -> Refusal | None:
 
 
 class NormedRule(Rule):
-    """A rule of queries and keys that are normed and rotated.
+    """A rule for queries and keys that are normed and rotated.
 
     Args:
-        transposes: whether heads are normed in [B, S, heads, head_dim] and rotated in [B, heads, S, head_dim], as
-            Hugging Face's models do.
+        transposes: whether heads are normed in [B, S, heads, head_dim] and rotated in [B, heads, S, head_dim], as in
+            Hugging Face's models.
     """
 
     def __init__(self, *, transposes: bool) -> None:
@@ -136,7 +136,7 @@ class QkNormRope(NormedRule):
         return tuple(map(self._moved, super().replacement(**{**bound, **angles})))
 
     def check(self, m: Bindings) -> Refusal | None:
-        """Refuses what the fused op doesn't compute: mixed and unsupported dtypes, other layouts of the angles."""
+        """Refuses mixed and unsupported dtypes, and other layouts of the angles."""
         return refuse_dtypes(m, ("k", "q_weight", "k_weight")) or self._shapes(m)
 
     def _shapes(self, m: Bindings) -> Refusal | None:

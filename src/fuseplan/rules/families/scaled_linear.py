@@ -1,4 +1,4 @@
-"""Linear layers of few rows in fp8 with scales of rows in one kernel: several that read one input, and one alone."""
+"""Linear layers of few rows in fp8 with row-wise scales in one kernel: several that read one input, or a single one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class ScaledLinears(Linears):
 
 @dataclass(frozen=True, kw_only=True)
 class ScaledLinearShape(LinearShape):
-    """All of a group of such layers that prices depend on, at one size."""
+    """Everything about a group of fp8 layers that prices depend on, at one size."""
 
     @property
     def signature(self) -> str:
@@ -51,7 +51,7 @@ class ScaledLinearShape(LinearShape):
         return f"scaled {super().signature}"
 
     def unfused(self, model: Pricer) -> tuple[Kernel, ...]:
-        """The site as Inductor leaves it."""
+        """The kernels of the unfused site."""
         return library_kernels(model.hardware, self.sizes)
 
     def fused(self, model: Pricer, provider: str, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
@@ -67,7 +67,7 @@ class ScaledLinearSite(Site):
 
     @classmethod
     def at(cls, ordinal: int, core: fx.Node, canonical: CanonicalGraph) -> Self:
-        """The site of a group of layers of a graph."""
+        """The site of a group of layers in a graph."""
         return cls(ordinal, core, None, ())
 
     def shape(self, rows: int) -> ScaledLinearShape:

@@ -1,7 +1,7 @@
-"""Sites: the places of a graph that fusions contend for, and what stands around them, for the cost model.
+"""Sites: the places of a graph that fusions contend for, and their surroundings, for the cost model.
 
-A site is a core, e.g. one `fused_add_rms_norm`, with the all-reduce before it and the epilogues after it. What a fusion
-leaves of its site is run unfused, so that a price always covers the whole site.
+A site is a core, e.g. one `fused_add_rms_norm`, with the all-reduce before it and the epilogues after it. The parts of
+a site that a fusion doesn't take run unfused, so that a price always covers the whole site.
 """
 
 import operator
@@ -22,19 +22,19 @@ from fuseplan.rules.parts.traffic import Clock, Kernel, Middle, Region, Tail
 
 
 class Timing(Protocol):
-    """How a provider's kernels are priced, as far as a site has to know."""
+    """The parts of a provider's pricing that a site depends on."""
 
     @property
     def eager(self) -> bool:
-        """Whether an op is no kernel but the reference, op by op in eager mode."""
+        """Whether an op is the reference, op by op in eager mode, and no kernel."""
 
     @property
     def heads(self) -> Heads:
-        """How an attention kernel reads keys and values that several heads of queries share."""
+        """How an attention kernel reads keys and values that several query heads share."""
 
 
 class Pricer(Clock, Protocol):
-    """What prices the parts of a site: the cost model of a device."""
+    """The cost model of a device, which prices the parts of a site."""
 
     @property
     def hardware(self) -> Hardware:
@@ -47,10 +47,10 @@ class Pricer(Clock, Protocol):
         """The kernels that Inductor makes of the core and of an epilogue after it."""
 
     def epilogue(self, region: Region) -> tuple[Kernel, ...]:
-        """The epilogue alone, behind an op that Inductor can't see into."""
+        """The epilogue alone, behind an op that is opaque to Inductor."""
 
     def fused(self, region: Region, provider: str) -> tuple[Kernel, ...]:
-        """One fused op of all of a region's parts."""
+        """One fused op of all parts of a region."""
 
     def timing(self, provider: str) -> Timing:
         """How a provider's kernels are priced."""
@@ -58,20 +58,20 @@ class Pricer(Clock, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """All of a site that prices depend on, at one size.
+    """Everything about a site that prices depend on, at one size.
 
     Attributes:
-        core: what is in the middle, its residual aside.
+        core: the core, without its residual.
         residual: whether a residual is added before it.
-        ranks: of the all-reduce before it; 1: there is none, or nobody to reduce with.
-        rows: of the activations.
-        width: of the core's result.
-        itemsize: bytes of an activation.
-        tails: what comes after it, in graph order.
-        convention: dtype and rounding, which kernels are chosen by and prices are not.
-        makes_weight: its norm has no weight, and a fused op gets one of ones, which a kernel of its own makes.
-        reducer: whose all-reduce stands before it.
-        kept: what comes after it isn't all that reads its result, which no epilogue's holds, too.
+        ranks: ranks of the all-reduce before it; 1: no all-reduce, or a group of one rank.
+        rows: rows of the activations.
+        width: width of the core's result.
+        itemsize: bytes of an element of an activation.
+        tails: its epilogues, in graph order.
+        convention: dtype and rounding; the choice of kernels depends on them, prices don't.
+        makes_weight: whether its norm has no weight, so that a fused op needs a weight of ones from a separate kernel.
+        reducer: the library of the all-reduce before it.
+        kept: whether the core's result has readers beside the epilogues and no epilogue's result contains it.
     """
 
     core: Middle
@@ -96,7 +96,7 @@ class Shape:
         return f"{' -> '.join(parts)} {self.width} {self.convention}{marks}"
 
     def region(self, *, reduce: bool, tail: Tail | None) -> Region:
-        """The parts of the site that one op takes."""
+        """The region of the site that one op takes."""
         return Region(
             core=self.core,
             tokens=self.rows,
@@ -111,7 +111,7 @@ class Shape:
         )
 
     def unfused(self, model: Pricer) -> tuple[Kernel, ...]:
-        """The site as Inductor leaves it: an epilogue joins the core's kernel, unless it stands alone."""
+        """The kernels of the unfused site: an epilogue joins the core's kernel, unless it stands alone."""
         inside = [tail for tail in self.tails if not tail.stays_apart(self.core)]
         apart = [tail for tail in self.tails if tail.stays_apart(self.core)]
         first = self.region(reduce=self.ranks > 1, tail=inside[0] if inside else None)
@@ -129,15 +129,15 @@ class Shape:
         return (*ones, *model.fused(self.region(reduce=reduce, tail=tail), provider))
 
     def within(self, model: Pricer, provider: str, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
-        """What `fused` adds to the kernel of an op that takes parts of another site, too: no launch. A reference runs
-        one after the other.
+        """The cost that `fused` adds to the kernel of an op that also takes parts of another site: no launch. The
+        reference runs both, one after the other.
         """
         kernels = self.fused(model, provider, reduce=reduce, tail=tail)
         return kernels if model.timing(provider).eager else tuple(replace(each, launch=0) for each in kernels)
 
     def rest(self, model: Pricer, *, reduce: bool, tail: Tail | None) -> tuple[Kernel, ...]:
-        """What a fused op leaves of the site: the all-reduce, and other epilogues, each a kernel of its own, and of its
-        own epilogue what that had in Inductor's kernels.
+        """The unfused rest of the site behind a fused op: the all-reduce and other epilogues, each in a separate
+        kernel, and the work of the op's own epilogue that Inductor would have done in its kernels.
         """
         left, behind = list(self.tails), tuple[Kernel, ...]()
         if tail is not None:
@@ -155,7 +155,7 @@ class Taken:
     Attributes:
         reduce: whether its all-reduce is one of them.
         tail: its epilogue, as the fusion takes it.
-        also: the cores of other sites that it takes, and which parts of these.
+        also: the cores of other sites that it takes, each with the parts taken.
     """
 
     reduce: bool
@@ -164,7 +164,7 @@ class Taken:
 
 
 FINDING = tuple(part.found for part in PARTS if isinstance(part, Epilogue) and part.found is not None)
-"""Of epilogues that say themselves where they are."""
+"""The finders of epilogues that have their own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,8 +172,8 @@ class Site:
     """One core of a graph.
 
     Attributes:
-        ordinal: of all cores, in graph order; the same on every rank.
-        core: the node.
+        ordinal: its position among all cores, in graph order; the same on every rank.
+        core: the core's node.
         reduce: the all-reduce whose result it reads, if any.
         tails: the epilogues that read its result.
     """
@@ -185,7 +185,7 @@ class Site:
 
     @classmethod
     def at(cls, ordinal: int, core: fx.Node, canonical: CanonicalGraph) -> Self:
-        """The site of a core of a graph: one that works on rows, such as a norm or an activation."""
+        """The site of a core that works row by row, such as a norm or an activation."""
         part, source = part_at(core), core.args[0]
         assert isinstance(part, Core), core.format_node()
         result = _result(core, part)
@@ -204,7 +204,7 @@ class Site:
 
     @cached_property
     def ranks(self) -> int:
-        """Of the group that reduces."""
+        """Ranks of the group that reduces."""
         if self.reduce is None:
             return 1
         return group_size(str(self.reduce.args[1])) or 1
@@ -226,7 +226,7 @@ class Site:
             residual=op is part.residual_op,
             ranks=self.ranks,
             rows=rows,
-            width=max(1, hint(value.shape[-1])),  # as rows: empty ones cost what one element does
+            width=max(1, hint(value.shape[-1])),  # like rows: an empty one costs as much as one element
             itemsize=value.dtype.itemsize,
             tails=self._tails,
             convention=f"{dtype_text(value.dtype)} {rounding}",
@@ -241,13 +241,13 @@ class Site:
 
     @cached_property
     def _is_kept(self) -> bool:
-        """Whether what an epilogue doesn't yield is read by others, too."""
+        """Whether the core's result has readers beside the epilogues, and no epilogue's result contains it."""
         alone = [node for node in self.tails if isinstance(part := part_at(node), RowEpilogue) and not part.core_of]
         result = _result(self.core, self.part) if alone else None
         return result is not None and any(user not in self.tails for user in result.users)
 
     def taken(self, nodes: Collection[fx.Node]) -> Taken | None:
-        """What a fusion that consumes `nodes` takes; None where that is more than parts of one site."""
+        """The parts that a fusion takes if it consumes `nodes`; None if they aren't parts of one site."""
         parts = {self.core, *([self.reduce] if self.reduce is not None else ()), *self.tails}
         parts |= {part for node in self.tails for part in _beside(node)}
         inside = set(nodes)
@@ -259,24 +259,24 @@ class Site:
         return Taken(reduce=self.reduce in inside, tail=tail)
 
     def tail(self, node: fx.Node) -> Tail:
-        """An epilogue's part in the site's shape."""
+        """An epilogue's traffic, in the site's shape."""
         part = part_at(node)
         assert isinstance(part, Epilogue), node.format_node()
         return part.tail(node, self.core)
 
 
 def _result(core: fx.Node, part: Core) -> fx.Node | None:
-    """What a core yields, its residual aside; None where nobody reads it."""
+    """A core's result, not its sum; None where nothing reads it."""
     return item(core, 0) if ops.of(core.target) is part.residual_op else core
 
 
 def _taken(node: fx.Node, tail: Tail, nodes: Collection[fx.Node]) -> Tail:
-    """An epilogue as a fusion takes it that consumes `nodes`."""
+    """The part of an epilogue that a fusion takes if it consumes `nodes`."""
     part = part_at(node)
     return part.taking(tail, nodes) if isinstance(part, Epilogue) and part.taking is not None else tail
 
 
 def _beside(tail: fx.Node) -> list[fx.Node]:
-    """What a fusion takes along that takes an epilogue."""
+    """Further nodes that a fusion takes along with an epilogue."""
     part = part_at(tail)
     return part.beside(tail) if isinstance(part, Epilogue) and part.beside is not None else []

@@ -1,6 +1,6 @@
-"""The building blocks of fusions, a file or a folder each: what it computes, how graphs spell it, and what prices need.
+"""The building blocks of fusions, a file or a folder each: the op, its spellings in graphs, and its traffic for prices.
 
-Every module here that has a `PART` is a part; adding one is adding its file. `canonicalize` raises a graph by all.
+Every module here that has a `PART` is a part; to add a part, add its file. `canonicalize` raises a graph by all parts.
 """
 
 import importlib

@@ -71,7 +71,7 @@ OTHER_COLLECTIVES: dict[object, str | None] = {
     torch.ops._c10d_functional.reduce_scatter_tensor.default: None,
     torch.ops._c10d_functional.reduce_scatter_tensor_coalesced.default: None,
 }
-"""What else reduces over ranks, and how to fix that where it isn't another way to split a model."""
+"""Other collectives that reduce over ranks, each with a fix; None where it is a different way to split a model."""
 wait_tensor = torch.ops._c10d_functional.wait_tensor.default
 
 ELEMENTWISE_VIEWS = (
@@ -82,10 +82,10 @@ ELEMENTWISE_VIEWS = (
     aten.squeeze.dim,
     aten.squeeze.dims,
 )
-"""Ops that only choose and arrange elements: view(all_reduce(x)) == all_reduce(view(x)), bit for bit.
+"""Ops that only select and rearrange elements: view(all_reduce(x)) == all_reduce(view(x)), bit for bit.
 
-A cast is not among them: a sum of rounded values is not the rounded sum. (It is exact for max and min, and for a
-single rank, neither of which is raised.)
+Casts aren't among them: a sum of rounded values is not the rounded sum. (Casts would be exact for max and min, and for
+a single rank, but those aren't raised.)
 """
 
 
@@ -118,7 +118,7 @@ def raise_all_reduces(canonical: CanonicalGraph) -> None:
 
 
 def _results(collective: fx.Node) -> Iterator[fx.Node]:
-    """What other ops read of a collective: behind its wait, which torch 2.15 has one of for several tensors."""
+    """The results of a collective behind its wait; in torch 2.15 several tensors share one wait."""
     behind = [
         user
         for user in collective.users
@@ -133,7 +133,7 @@ def _results(collective: fx.Node) -> Iterator[fx.Node]:
 def hoist_views(canonical: CanonicalGraph) -> None:
     """`view(all_reduce(x))` -> `all_reduce(view(x))`, so that a norm behind the view meets the all-reduce.
 
-    Only where nothing else reads the reduced value. A hoisted slice also makes the message smaller.
+    Done only where nothing else reads the reduced value. A hoisted slice also makes the message smaller.
     """
     for found in canonical.calls(all_reduce.overload):
         reduce: fx.Node = found
@@ -155,13 +155,13 @@ def _only_view(reduce: fx.Node) -> fx.Node | None:
 
 
 def _engine(data: str, group: str, result_of: Callable[[fx.Node], fx.Node | None], reducer: str) -> EngineReader:
-    """What raises an engine's all-reduce.
+    """A reader that raises an engine's all-reduce.
 
     Args:
-        data: the argument that is reduced.
-        group: the argument that says over which of the engine's groups.
-        result_of: the node that holds the result of a call.
-        reducer: whose it is.
+        data: the argument with the tensor to reduce.
+        group: the argument with the engine's group.
+        result_of: finds the node that holds the result of a call.
+        reducer: the library of the all-reduce.
     """
 
     def read(canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any], groups: Mapping[object, str]) -> None:
@@ -184,7 +184,7 @@ def _engine(data: str, group: str, result_of: Callable[[fx.Node], fx.Node | None
 def _one_shot_all_reduce(
     canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any], groups: Mapping[object, str]
 ) -> None:
-    """`symm_mem::one_shot_all_reduce(input, reduce_op, group_name)`, out of place, as none other is."""
+    """`symm_mem::one_shot_all_reduce(input, reduce_op, group_name)`, the only one of them that is out of place."""
     if str(values["reduce_op"]).lower() == "sum":
         canonical.raise_op(all_reduce, (values["input"], values["group_name"]), (node,)).meta[REDUCER] = ONE_SHOT
 
@@ -196,7 +196,7 @@ def _sums_two(node: fx.Node) -> bool:
 
 
 def _hint(node: fx.Node, goal: fx.Node, consumer: fx.Node) -> str | None:
-    """A sum over ranks is linear, and views of it are sums of views."""
+    """Advice to move an op before the all-reduce: a sum over ranks is linear, and commutes with views."""
     if is_call(node, *MOVERS):
         return f"do it before {NAME}"
     if is_call(node, *SCALES):
@@ -231,7 +231,7 @@ def _added(node: fx.Node, goal: fx.Node, consumer: fx.Node) -> str | None:
 
 
 def _blame(node: fx.Node) -> tuple[Reason, str] | None:
-    """What is to be said of an addition of all-reduces that stands behind one of them."""
+    """The explanation for an addition of two all-reduces behind one of them."""
     groups = {str(each.args[1]) for each in node.all_input_nodes if is_dialect(each, all_reduce)}
     if is_call(node, *ADDS) and len(groups) > 1:
         return Reason.GROUP, f": it adds all_reduces over groups {' and '.join(map(repr, sorted(groups)))}"
@@ -239,7 +239,7 @@ def _blame(node: fx.Node) -> tuple[Reason, str] | None:
 
 
 def _twice(goal: fx.Node, node: fx.Node, after: str) -> Blame:
-    """Of two all-reduces in a row the first is to blame: the second is next to what follows."""
+    """Blames the first of two all-reduces in a row: the second is next to the op that follows."""
     first, second = (str(each.args[1]) for each in (goal, node))
     if first == second:
         detail = f"the value reduced over group {first!r} is reduced once more before {after}"
@@ -250,7 +250,7 @@ def _twice(goal: fx.Node, node: fx.Node, after: str) -> Blame:
 
 
 def _added_twice(added: str) -> Blame:
-    """Of a sum of two all-reduces."""
+    """The blame for a sum of two all-reduces."""
     return Blame(
         reason=Reason.OP, found=f"two of {NAME}", mend=f"add before the {NAME}, once, instead of after both",
         detail=f"{NAME} is added as the residual of {added}, whose other addend is reduced, too",

@@ -1,4 +1,4 @@
-"""`Part`: what is known of one building block of fusions, all in one file of this package."""
+"""`Part`, the declaration of one building block of fusions. Each part has one file or folder of this package."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,45 +17,45 @@ from fuseplan.rules.parts.traffic import Middle, Tail
 
 
 class Stage(IntEnum):
-    """What raises a graph, in the order in which it has to run: parts look for their spellings, and those of one stage
-    don't depend on each other; the first stage and the last have no parts.
+    """The stages of raising a graph, in the order in which they run. In each, parts look for their spellings; parts of
+    one stage don't depend on each other. The first and the last stage have no parts.
     """
 
     NOOPS = auto()
-    """Views and casts that do nothing are taken out: no spelling has to see through them."""
+    """Removes views and casts that do nothing, so that no spelling has to see through them."""
     COLLECTIVES = auto()
-    """All-reduces, which norms ask for to tell the residual from what is added to it."""
+    """All-reduces. By these, norms tell the residual from the other addend."""
     ENGINES = auto()
     """Ops of an inference engine, wherever they stand: see `Part.engine_ops`."""
     VIEWS = auto()
     """Views between a prologue and its core."""
     CORES = auto()
-    """What normalises and what activates."""
+    """Norms and activations."""
     MICROSCALED_EPILOGUES = auto()
-    """Epilogues of parts of a row, whose scales are exponents: others would be told that theirs are none."""
+    """Epilogues over groups of a row with exponents as scales. Later stages would report such scales as near misses."""
     GROUPED_EPILOGUES = auto()
-    """Epilogues of parts of a row, which would pass for others' of whole ones."""
+    """Epilogues over groups of a row, which would pass for epilogues over whole rows in the next stage."""
     EPILOGUES = auto()
-    """What is done to the result of a core."""
+    """Epilogues over whole rows of a core's result."""
     PAIRS = auto()
-    """What takes the results of several cores."""
+    """Ops on the results of several cores."""
     CACHES = auto()
-    """What keeps what has been rotated."""
+    """Writes of rotated keys and of values into caches."""
     ATTENTION = auto()
-    """What takes what has been rotated, kept and repeated."""
+    """Attention to keys and values that are rotated, cached or repeated."""
     LINEARS = auto()
-    """Layers, whose inputs and results are others' by then."""
+    """Linear layers, whose producers and consumers are raised by then."""
     RESHAPES = auto()
-    """Reshapes between a core and its epilogue are moved behind both, once all of them are there."""
+    """Moves reshapes between a core and its epilogue behind both, once all ops are raised."""
 
 
 class Reported(Enum):
-    """When something that looks like a part, isn't one, and that no rule asks for, is a near miss all the same."""
+    """When a lookalike of a part is reported as a near miss although no rule asks for it."""
 
     ALWAYS = auto()
     NEAR_A_CORE = auto()
     BY_RULE = auto()
-    """Of the rule whose core it is."""
+    """By the rule that has the part as its core."""
     NEVER = auto()
 
 
@@ -63,8 +63,8 @@ EngineReader = Callable[[CanonicalGraph, fx.Node, Mapping[str, Any], Mapping[obj
 """Raises one op of an engine: `read(canonical, node, arguments by name, the engine's groups)`."""
 
 Hint = Callable[[fx.Node, fx.Node, fx.Node], str | None]
-"""`hint(obstacle, goal, consumer)`: what puts an obstacle between two ops elsewhere; None where nothing is known that
-computes the same."""
+"""`hint(obstacle, goal, consumer)`: advice on moving an obstacle from between two ops; None where no such move is known
+to compute the same."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,14 +72,14 @@ class Part:
     """A building block of fusions.
 
     Attributes:
-        name: in signatures of sites and in cost tables.
-        ops: the dialect ops of it that stand in graphs; near misses of any are noted by the name of the first.
-        raising: how it finds its spellings in aten, and when.
-        engine_ops: how it reads the ops that inference engines have for it, by name.
-        evaluated: such ops, by name, that are run as they stand where a match of it is verified.
-        reported: when what only looks like it is a near miss.
-        hint: what may be moved away between it and its neighbour.
-        opt_in: whether graphs are read for it only where a rule about it was asked for.
+        name: its name in signatures of sites and in cost tables.
+        ops: its dialect ops in graphs; near misses of any of them are recorded under the name of the first.
+        raising: functions that find its spellings in aten, each with its stage.
+        engine_ops: readers of the inference engines' ops for it, by name.
+        evaluated: names of engine ops that verification of a match runs as they are.
+        reported: when lookalikes are reported as near misses.
+        hint: advice on obstacles between it and its neighbour.
+        opt_in: whether graphs are searched for it only if a rule about it was asked for.
     """
 
     name: str
@@ -93,31 +93,31 @@ class Part:
 
     @property
     def op(self) -> DialectOp:
-        """The op by whose name near misses are noted."""
+        """The op under whose name near misses are recorded."""
         return self.ops[0]
 
 
 REDUCER = "reducer"
-"""The key in `meta` of a raised all-reduce under which it has whose it was, where that isn't torch.distributed's."""
+"""The `meta` key of a raised all-reduce for the library that it came from, unless that is torch.distributed."""
 
 
 OPAQUE = "opaque"
-"""The key in `meta` of a raised epilogue that is an engine's own op in the graph, which Inductor joins with nothing."""
+"""The `meta` key that marks a raised epilogue as an engine's own op in the graph, which Inductor fuses with nothing."""
 
 
 def reducer_of(reduce: fx.Node) -> str:
-    """Whose a raised all-reduce was in the graph; see `TORCH`."""
+    """The library of a raised all-reduce in the graph; see `TORCH`."""
     found: str = reduce.meta.get(REDUCER, TORCH)
     return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blame:
-    """What is said of something that is in the way.
+    """The reason why an op is in the way.
 
     Attributes:
         reason: its kind.
-        found: what is there.
+        found: the op there.
         detail: for a person.
         mend: how to fix it, if known.
     """
@@ -130,16 +130,16 @@ class Blame:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prologue(Part):
-    """What is done to a core's input, element by element: views of its result may be taken of its input instead.
+    """An op on a core's input, element by element: views of its result may be taken of its input instead.
 
     Attributes:
-        parameters: the op's arguments after the first, as they stand in a schema.
+        parameters: the op's arguments after the first, in the syntax of a schema.
         sample: values for `parameters`.
-        without: the obstacles on a way, in either direction, but for those of it that a rule takes along, and the casts
-            around these: `without(obstacles, what it reads)`; None: rules take none along.
-        blame: (reason, what explains it) of an op in the way that it knows more of than others; None: it doesn't.
-        twice: what is said of two of it in a row before an op: `twice(first, second, op)`.
-        added_twice: what is said where an op adds two of it.
+        without: drops from the obstacles on a path, in either direction, the prologue's ops that a rule takes along and
+            the casts around them: `without(obstacles, input)`; None: rules take none along.
+        blame: (reason, explanation) for an op in the way, where the prologue has a better one; None: it has none.
+        twice: the blame for two of it in a row before an op: `twice(first, second, op)`.
+        added_twice: the blame for an op that adds two of it.
     """
 
     parameters: tuple[str, ...]
@@ -152,14 +152,14 @@ class Prologue(Part):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Core(Part):
-    """What a fusion is built around: each one in a graph is a site.
+    """The op that a fusion is built around: each one in a graph is a site.
 
     Attributes:
-        traffic: what prices need.
-        residual_op: the same op behind a residual add, which it yields, too.
-        weight: the place of its weight among the arguments of `op`, counted from the last; None: it has none.
+        traffic: its traffic, for prices.
+        residual_op: the same op behind a residual add; it also yields the sum.
+        weight: the position of its weight among the arguments of `op`, counted from the last; None: it has none.
         several: the same op several times, on one input.
-        result: what it yields, in names of fused ops that yield it beside what an epilogue makes of it.
+        result: the word for its result in names of fused ops that yield it beside the epilogue's result.
     """
 
     traffic: Middle
@@ -176,15 +176,15 @@ class Core(Part):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Epilogue(Part):
-    """What is done to the result of a core.
+    """An op on the result of a core.
 
     Attributes:
         cores: names of the parts that it is fused with.
-        traffic: what prices need.
-        tail: its `traffic`, of a node of it and its core.
-        found: the nodes of it at a core; None: those that call `op` on the core's result.
-        beside: what else a fusion may take that takes a node of it; None: nothing.
-        taking: the tail as a fusion takes it that consumes some nodes; None: as it is.
+        traffic: the class of its traffic, for prices.
+        tail: its traffic, from a node that calls it and its core.
+        found: its nodes at a core; None: the calls of `op` on the core's result.
+        beside: further nodes that a fusion with one of its nodes may take; None: none.
+        taking: the part of a tail that a fusion takes, by the nodes it consumes; None: the whole tail.
     """
 
     cores: frozenset[str]
@@ -196,7 +196,7 @@ class Epilogue(Part):
 
 
 class Kind(Enum):
-    """What an epilogue is for, by which rules and flags are called."""
+    """The purpose of an epilogue, after which rules and flags are named."""
 
     PADDING = auto()
     QUANTISATION = auto()
@@ -204,15 +204,15 @@ class Kind(Enum):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RowEpilogue(Epilogue):
-    """What is done to each row before it is stored: a reshape that keeps rows may stand before it or behind it.
+    """An op on each row before it is stored: a reshape that keeps rows may stand before it or behind it.
 
     Attributes:
-        kind: what it is for.
-        parameters: the op's arguments after the first, as they stand in a schema.
-        results: how many tensors it yields.
+        kind: its purpose.
+        parameters: the op's arguments after the first, in the syntax of a schema.
+        results: the number of tensors it yields.
         sample: values for `parameters` on a device.
-        unit: what the width of rows has to be a multiple of, for these.
-        core_of: how the core's result is got back from the op's first one and the parameters by name; None: it isn't.
+        unit: the width of rows must be a multiple of this for the sample.
+        core_of: recovers the core's result from the op's first result and the parameters by name; None: impossible.
     """
 
     kind: Kind
@@ -224,7 +224,7 @@ class RowEpilogue(Epilogue):
 
     @property
     def suffix(self) -> str:
-        """Of the names of fused ops."""
+        """The suffix in names of fused ops."""
         return self.name
 
 
@@ -242,12 +242,12 @@ def takes_residual(node: fx.Node) -> bool:
 
 
 def rows_of(shape: Sequence[int]) -> str:
-    """`7x320`, for the name of a sample."""
+    """A shape as `7x320`, for the name of a sample."""
     return "x".join(map(str, shape))
 
 
 def sample_of(shape: tuple[int, ...], arguments: Callable[[torch.device], tuple[Any, ...]], more: str = "") -> Sample:
-    """Normal values in rows, in bfloat16, and an op's further arguments on a device; `more` of them is in its name."""
+    """A sample of normal values in bfloat16 and an op's further arguments; `more`, about these, ends its name."""
 
     def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
         return random_tensor(shape, torch.bfloat16, device, generator), *arguments(device)

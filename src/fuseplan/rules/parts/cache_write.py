@@ -1,4 +1,4 @@
-"""Writing new keys and values into a static cache; `fuseplan.rules.parts.cached_rotary` reads it in graphs."""
+"""Writing new keys and values into a static cache; `fuseplan.rules.parts.cached_rotary` finds such writes in graphs."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from fuseplan.graph.ops import Draw, Indices, Sample, define, random_tensor
 from fuseplan.rules.parts.base import Part, Reported, rows_of
 
 CACHES: Final = ("k_cache", "v_cache")
-"""The arguments that are written."""
+"""The arguments that the op writes to."""
 
 DRAWS: Mapping[str, Draw | Indices] = {"positions": Indices(of="k_cache", dim=2)}
 
@@ -20,17 +20,17 @@ DRAWS: Mapping[str, Draw | Indices] = {"positions": Indices(of="k_cache", dim=2)
 def cache_write_reference(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """cache[:, :, positions] = x of keys and of values, on copies of the caches
+    """cache[:, :, positions] = x, for keys and for values, on copies of the caches
 
     Args:
         k: [batch, heads, tokens, head_dim].
         v: [batch, heads, tokens, value_dim], k's dtype.
         k_cache: [batch, heads, length, head_dim], k's dtype.
         v_cache: [batch, heads, length, value_dim], k's dtype.
-        positions: [tokens], integers; a negative one counts from the end. Of equal ones any may be the last.
+        positions: [tokens], integers; negative ones count from the end. Which of several equal ones wins is undefined.
 
     Returns:
-        (k_cache, v_cache) as they are afterwards.
+        The updated (k_cache, v_cache).
 
     Raises:
         IndexError: a position lies outside of the cache.
@@ -47,7 +47,7 @@ def cache_write_fake(
 
 
 def bytes_of(caches: Iterable[object]) -> int:
-    """Of all of some nodes' values, as traced."""
+    """The bytes of the values of nodes, as traced."""
     values = [value for node in caches if (value := tensor_of(node)) is not None]
     return sum(math.prod(map(hint, value.shape)) * value.dtype.itemsize for value in values)
 

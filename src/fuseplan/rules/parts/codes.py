@@ -1,4 +1,4 @@
-"""Quantisations at a site, as prices see them: what they write, and what is done to that."""
+"""Traffic of quantisations at a site: the codes that they write, and the ops on these."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ class Codes(Tail):
     """A quantisation at a site.
 
     Attributes:
-        restored: whether the graph makes numbers of the codes again, as where quantisation is simulated: Inductor has
-            that in the kernel of both, and behind an op it is a kernel of its own.
-        opaque: whether it is an op of an engine's, of which Inductor makes no part of another kernel.
+        restored: whether the graph casts the codes back to numbers, as in simulated quantisation: Inductor fuses the
+            cast into the kernel of core and epilogue; behind a fused op it is a separate kernel.
+        opaque: whether it is an engine's op, which Inductor fuses with nothing.
     """
 
     restored: bool = False
@@ -34,13 +34,13 @@ class Codes(Tail):
 
     @classmethod
     def read(cls, node: fx.Node, core: fx.Node) -> Self:
-        """That of a dialect op, whose codes are its first result or the only one."""
+        """The traffic of a dialect op, with codes as its first result or its only one."""
         several = len(node.target._schema.returns) > 1  # type: ignore[union-attr]
         codes = item(node, 0) if several else node
         return cls(restored=is_restored(codes), opaque=OPAQUE in node.meta)
 
     def stays_apart(self, core: Middle) -> bool:
-        """What an engine calls by itself does."""
+        """True for an engine's op."""
         return self.opaque or super().stays_apart(core)
 
     def text(self, width: int) -> str:
@@ -48,14 +48,14 @@ class Codes(Tail):
         return f"{self.name}{' restored' * self.restored}{' opaque' * self.opaque}"
 
     def behind(self, clock: Clock, region: Region) -> tuple[Kernel, ...]:
-        """The kernel that restores them."""
+        """The kernel that casts the codes back, if there is one."""
         nbytes = self.result_bytes(region) + region.row_bytes
         return (clock.local("dequantised", nbytes),) if self.restored else ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupCodes(Codes):
-    """One with a scale of each group of elements of a row.
+    """A quantisation with a scale of each group of elements of a row.
 
     Attributes:
         group_size: elements of a group.
@@ -69,14 +69,14 @@ class GroupCodes(Codes):
 
     @classmethod
     def read(cls, node: fx.Node, core: fx.Node) -> Self:
-        """That of a dialect op `(x, group_size, ...)`."""
+        """The traffic of a dialect op `(x, group_size, ...)`."""
         size = node.args[1]
         assert isinstance(size, int)
         return cls(group_size=size, restored=is_restored(item(node, 0)), opaque=OPAQUE in node.meta)
 
     @classmethod
     def stands_alone(cls, core: Middle) -> bool:
-        """Behind what reduces rows: a reduction over groups is another one."""
+        """True behind a reduction over rows: a reduction over groups iterates differently."""
         return core.reduces_rows
 
     def text(self, width: int) -> str:
@@ -84,7 +84,7 @@ class GroupCodes(Codes):
         return f"{super().text(width)} {self.group_size}"
 
     def result_bytes(self, region: Region) -> int:
-        """The codes, and a scale a group."""
+        """Bytes of the codes and of a scale a group."""
         return region.tokens * (region.width * self.code_bits // 8 + region.width // self.group_size * self.scale_bytes)
 
 
@@ -96,13 +96,13 @@ def quantisation(
     """The part of a quantisation, behind a norm or an activation.
 
     Args:
-        op: `(x, ...) -> codes`, or with their scales.
-        traffic: what prices need.
-        stage: in which `raises` runs.
+        op: `(x, ...) -> codes`, or `(x, ...) -> (codes, scales)`.
+        traffic: the class of its traffic.
+        stage: the stage in which `raises` runs.
         raises: raises its spellings.
-        sample: values for all arguments but x.
-        unit: as of `RowEpilogue`.
-        engine_ops: as of `Part`.
+        sample: values for all arguments except x.
+        unit: see `RowEpilogue`.
+        engine_ops: see `Part`.
     """
     return RowEpilogue(
         name=traffic.name,
@@ -121,5 +121,5 @@ def quantisation(
 
 
 def is_restored(codes: fx.Node | None) -> bool:
-    """Whether all that is done to codes is to make numbers of them again."""
+    """Whether the only ops on the codes are casts back to numbers."""
     return codes is not None and all(is_call(user, convert_element_type) for user in codes.users)

@@ -1,4 +1,4 @@
-"""fp8 quantisation by a scale of each row, its largest element over the largest of fp8."""
+"""fp8 quantisation by a scale of each row: its largest element divided by the largest fp8 value."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,10 +32,10 @@ def reference(
         dtype: one of `FP8_DTYPES`.
         min_scale: the smallest scale, so that a row of zeros doesn't divide by zero; 0 for none.
         max_scale: the largest scale; 0 for none.
-        zero_scale: what takes the place of a scale of 0.
-        scale_ub: the largest element of a row that counts, one element in any dtype; None for none.
-        rounding: one of `QuantRounding`; it says how the scale is rounded, and applied to x. The scale itself is always
-            a division.
+        zero_scale: the replacement for a scale of 0.
+        scale_ub: the upper bound of a row's largest element, one element in any dtype; None for none.
+        rounding: one of `QuantRounding`; says how the scale is rounded and applied to x. The scale itself is always
+            computed by a division.
 
     Returns:
         (q, scale): [..., hidden] in `dtype` and [..., 1] in float32 (float64 for float64 inputs, x's dtype by
@@ -65,12 +65,12 @@ VLLM_MIN_SCALE = 1 / (448 * 512)
 
 
 def _sample_arguments(device: torch.device) -> tuple[Any, ...]:
-    """All but x."""
+    """All arguments except x."""
     return torch.float8_e4m3fn, VLLM_MIN_SCALE, 0.0, 0.0, None, QuantRounding.MULTIPLY.value
 
 
 def _rounded_arguments(device: torch.device) -> tuple[Any, ...]:
-    """As compressed-tensors has them in bfloat16."""
+    """The arguments of compressed-tensors in bfloat16."""
     zero = torch.finfo(torch.bfloat16).eps
     return torch.float8_e4m3fn, 0.0, 0.0, zero, None, QuantRounding.DIVIDE_ROUNDED.value
 
@@ -103,7 +103,7 @@ def raise_dynamic(canonical: CanonicalGraph) -> None:
         try:
             _raise(canonical, found)
         except Unraised as refused:
-            if cast not in canonical.unraised:  # by what is more like it
+            if cast not in canonical.unraised:  # a closer lookalike recorded it
                 refused.tell(canonical, dynamic_per_token_scaled_fp8_quant, "fp8 quantisation", at=[cast], place=cast)
     canonical.merge_equal(dynamic_per_token_scaled_fp8_quant)
 
@@ -130,12 +130,12 @@ def _read_rows(canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, An
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicFp8(Codes):
-    """It at a site: the largest of a row is a reduction over it."""
+    """The quantisation at a site: the largest element of a row is a reduction over it."""
 
     name, reduces_rows, eager_kernels = "dynamic_fp8_quant", True, 10
 
     def result_bytes(self, region: Region) -> int:
-        """The codes, and a scale a row."""
+        """Bytes of the codes and of a scale a row."""
         return region.tokens * (region.width * CODE_BYTES + SCALE_BYTES)
 
 

@@ -1,12 +1,12 @@
-"""What quantisations to fp4 share: numbers as e2m1 codes, two of which are packed to a byte, the first in its low half.
+"""Shared by quantisations to fp4: numbers as e2m1 codes, packed two to a byte with the first in its low half.
 
     size = bits of |x|, float32
     code = 7 where |x| >= 6;  bits(|x| + 2^22) - bits(2^22) where |x| < 1;  else (size - 126 * 2^23 + 2^21 - 1 +
            ((size >> 22) & 1)) >> 22;  | 8 where x is negative
     byte = code[0::2] | code[1::2] << 4
 
-which rounds to the nearest, ties to even, and has no code for NaN: it gives 2, 3 or 4, by the NaN's own bits. So do
-torchao's `f32_to_f4_unpacked` and `pack_uint4`, integer op by integer op, in graphs.
+This rounds to nearest, ties to even. There is no code for NaN, which becomes 2, 3 or 4, depending on its bits. In
+graphs, torchao's `f32_to_f4_unpacked` and `pack_uint4` do the same, in the same integer ops.
 """
 
 from collections.abc import Callable
@@ -27,9 +27,9 @@ from fuseplan.rules.parts.patterns import F32, U8, Pattern, all_fit, bits_of
 MOST = 6.0
 _SIGN, _DIGITS, _SIGN_OF_CODE = 0x80000000, 22, 8
 _LIFT = -(126 << 23) + (1 << 21) - 1
-"""From an exponent of float32 to that of a code, and a half less a unit, in digits that codes don't have."""
+"""Turns a float32 exponent into a code's, and adds half a unit of the code, less one of float32, for rounding."""
 _SMALLEST = 2.0**22
-"""To which a number below 1 is added, so that its halves are the sum's last digits."""
+"""Added to a number below 1, so that the sum's last bits count halves."""
 _SMALLEST_BITS = 149 << 23
 _SATURATED = 7
 _NUMBERS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, MOST)
@@ -39,7 +39,7 @@ def e2m1(x: Tensor) -> Tensor:
     """Codes of numbers, in the low half of a byte each.
 
     Args:
-        x: float32, or float64, which is rounded to it.
+        x: float32, or float64, which is rounded to float32.
 
     Returns:
         The same shape, uint8.
@@ -64,7 +64,7 @@ def packed(codes: Tensor) -> Tensor:
 
 
 def numbers_of(pairs: Tensor) -> Tensor:
-    """What packed codes stand for: [..., n] bytes to [..., 2 n] in float64."""
+    """The numbers that packed codes encode: [..., n] bytes to [..., 2 n] in float64."""
     codes = torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2).long()
     sizes = torch.tensor(_NUMBERS, dtype=torch.float64, device=pairs.device)[codes & 7]
     return torch.where(codes >= _SIGN_OF_CODE, -sizes, sizes)
@@ -94,7 +94,7 @@ _CODES: tuple[Pattern, dict[str, Pattern]] = (
 
 
 def packings(canonical: CanonicalGraph) -> list[tuple[fx.Node, fx.Node]]:
-    """(bytes, what is converted) of each pair of codes to a byte that a graph has."""
+    """(bytes, the converted tensor) of each packing of two codes to a byte in a graph."""
     found = []
     for node in canonical.calls(aten.bitwise_or.Tensor):
         codes = _unpacked(node)
@@ -122,7 +122,7 @@ def _every_second(node: object, start: int) -> fx.Node | None:
     codes, dim, first, end, step = node.args
     value = tensor_of(codes)
     assert value is not None
-    # Of an odd number of codes, the last one would be broadcast, or have no second.
+    # With an odd number of codes, the last one would be broadcast, or left without a partner.
     is_last = dim in (-1, value.dim() - 1) and equal_size(value.shape[-1] % 2, 0)
     return codes if is_last and _reaches(end, value, dim) and (first, step) == (start, 2) else None
 
@@ -133,35 +133,35 @@ def _reaches(end: object, value: Tensor, dim: int) -> bool:
 
 
 WHOLE = 2**63 - 1
-"""The end of a slice that has none."""
+"""The end of a slice without an explicit end."""
 
 
 def _reshaped(node: fx.Node) -> fx.Node:
-    """The bytes in the shape that the graph gives them, where it gives them one."""
+    """The bytes in their shape in the graph: the reshape of the node, if that is its only reader."""
     user = next(iter(node.users)) if len(node.users) == 1 else node
     return user if reordered(user) is node else node
 
 
 def tell_simulated(canonical: CanonicalGraph, op: DialectOp, title: str, is_scale: Callable[[fx.Node], bool]) -> None:
-    """Notes numbers that are rounded to those of e2m1 and stay numbers, as compressed-tensors leaves them.
+    """Records simulated quantisation, as in compressed-tensors: numbers rounded to e2m1 values and kept as numbers.
 
     Args:
         canonical: the graph.
-        op: the op that they are near.
-        title: of the format.
-        is_scale: whether a node tells that it is this one, on the way to what numbers are divided by.
+        op: the op of the near miss.
+        title: the name of the format.
+        is_scale: whether a node among the inputs of the divisor identifies the format.
     """
     for node in canonical.calls(aten.index_put.default):
         quotient = _rounded_by_bounds(node)
         scales = list(filter(is_scale, behind(quotient.args[1]))) if quotient is not None else []
         if quotient is not None and scales:
-            detail = "numbers are rounded to those that codes stand for, and stay numbers, and the op yields codes"
+            detail = "numbers are rounded to the values of e2m1 but stay numbers, and the op yields codes"
             near = Unraised(Reason.OP, detail, node)
             near.tell(canonical, op, f"{title} quantisation", at=[quotient, *scales], place=quotient)
 
 
 def _rounded_by_bounds(node: Call) -> Call | None:
-    """x / scale of what compares that with all halves between codes, up to `x[x > 5] = 6`."""
+    """x / scale in a chain of comparisons with the midpoints between codes, of which the last is `x[x > 5] = 6`."""
     value, masks, number = node.args[:3]
     is_last = len(masks) == 1 and is_call(masks[0], aten.gt.Scalar) and masks[0].args == (value, 5.0)
     if not is_last or number_of(number) != MOST:
@@ -174,7 +174,7 @@ def _rounded_by_bounds(node: Call) -> Call | None:
 
 
 MOST_STEPS = 20
-"""From what is rounded to what it is divided by."""
+"""The most ops from a rounded value back to its divisor."""
 
 
 class Fp4Codes(GroupCodes):

@@ -1,12 +1,12 @@
-"""What quantisations to fp8 share: how a scale is applied, and how Inductor's post-grad graphs spell that in aten.
+"""Shared by quantisations to fp8: applying a scale, and its spellings in aten in Inductor's post-grad graphs.
 
-    x32 = convert(x, float32)                                              or not: a float32 scale promotes x
+    x32 = convert(x, float32)                                              optional: a float32 scale promotes x
     q   = convert(clamp(x32 / scale, -fp8_max, fp8_max), fp8)              `divide`
         | convert(clamp(x32 * reciprocal(scale), -fp8_max, fp8_max), fp8)  `multiply`
         | convert(clamp(x / scale, -fp8_max, fp8_max), fp8)                `divide_rounded`: all in x's dtype
 
-Where the scale is from tells one quantisation from another; each is a part of its own. A scale that is computed from
-what is quantised is read in `fp8_scales`, and such a quantisation may go without the clamp.
+The source of the scale tells one quantisation from another; each is a separate part. `fp8_scales` reads a scale that is
+computed from the quantised tensor itself; a quantisation by such a scale may lack the clamp.
 """
 
 import math
@@ -39,8 +39,8 @@ from fuseplan.graph.ops import DialectOp, QuantRounding, compute_dtype
 from fuseplan.record import Reason
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
-"""Of codes: `fn` on NVIDIA and AMD CDNA4, `fnuz` on AMD CDNA3, and `e5m2`, which has a digit less for a range like
-float16's. Their largest values, 448, 240 and 57344, come from `torch.finfo`.
+"""Dtypes of codes: `fn` on NVIDIA and AMD CDNA4, `fnuz` on AMD CDNA3, and `e5m2`, which trades a mantissa bit for the
+range of float16. Their largest values, 448, 240 and 57344, come from `torch.finfo`.
 """
 
 CLAMPS = (
@@ -50,8 +50,8 @@ CLAMPS = (
 
 
 def apply_scale(x: Tensor, scale: Tensor, own: torch.dtype, dtype: torch.dtype, rounding: QuantRounding) -> Tensor:
-    """q = clamp(x / scale, -fp8_max, fp8_max).to(dtype), contiguous; x and the scale are in the dtype of arithmetic, of
-    which x's `own` holds less.
+    """q = clamp(x / scale, -fp8_max, fp8_max).to(dtype), contiguous. x and the scale are in the dtype of arithmetic,
+    which is at least as wide as x's `own` dtype.
     """
     scaled = x * scale.reciprocal() if rounding.multiplies else x / scale
     if rounding.rounds_scaled:
@@ -64,16 +64,16 @@ def scale_of(
     wide: Tensor, own: torch.dtype, dtype: torch.dtype, min_scale: float, max_scale: float, scale_ub: Tensor | None,
     rounding: QuantRounding,
 ) -> Tensor:  # fmt: skip
-    """clamp(min(amax(|x|, -1), scale_ub) / fp8_max, min_scale, max_scale), the quotient in x's precision or not.
+    """clamp(min(amax(|x|, -1), scale_ub) / fp8_max, min_scale, max_scale); the quotient may be rounded to x's dtype.
 
     Args:
         wide: [..., size], x in the dtype of arithmetic.
         own: the dtype of x.
-        dtype: of the codes.
+        dtype: the dtype of the codes.
         min_scale: 0 for none.
         max_scale: 0 for none.
-        scale_ub: one element; None: none.
-        rounding: whether the quotient is rounded.
+        scale_ub: one element; None: no bound.
+        rounding: says whether the quotient is rounded.
 
     Returns:
         [..., 1] in the dtype of arithmetic.
@@ -87,7 +87,7 @@ def scale_of(
 
 
 def scale_dtype(own: torch.dtype, rounding: str) -> torch.dtype:
-    """Of the scales of x in its own dtype."""
+    """The dtype of the scales of x, which has the dtype `own`."""
     return own if QuantRounding(rounding).rounds_scaled else compute_dtype(own)
 
 
@@ -97,12 +97,12 @@ class Scaling:
 
     Attributes:
         cast: the node that yields the codes.
-        dtype: of the codes.
-        x: what is scaled.
-        factor: what x is divided by, or multiplied by.
-        scale: by what it is scaled: the factor, or what the factor is the reciprocal of.
-        rounding: how.
-        is_clamped: whether what is cast is clamped to what the codes hold.
+        dtype: the dtype of the codes.
+        x: the tensor to scale.
+        factor: the divisor of x, or its multiplier.
+        scale: the scale: the factor itself, or the value whose reciprocal is the factor.
+        rounding: how x is scaled and rounded.
+        is_clamped: whether the operand of the cast is clamped to the range of the codes.
     """
 
     cast: fx.Node
@@ -120,12 +120,12 @@ class Scaling:
 
     @property
     def unclamped(self) -> Unraised:
-        """That it isn't."""
+        """The error for a missing clamp."""
         return Unraised(Reason.OP, f"the value cast isn't clamped to +-{self.limit:g}", self.cast)
 
 
 def scalings(canonical: CanonicalGraph) -> Iterator[tuple[Call, Scaling | Unraised]]:
-    """Every cast to fp8, and how what is cast was scaled, or why that isn't known."""
+    """Every cast to fp8 with the scaling of its operand, or with an error where the scaling isn't recognised."""
     for cast in canonical.calls(convert_element_type):
         dtype = cast.args[1]
         if dtype in FP8_DTYPES and not _is_constant(cast):
@@ -137,7 +137,7 @@ def scalings(canonical: CanonicalGraph) -> Iterator[tuple[Call, Scaling | Unrais
 
 
 def _is_constant(node: fx.Node) -> bool:
-    """Whether it is made of a constant alone, as zero points are."""
+    """Whether it is computed from a constant alone, as zero points are."""
     while len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
     return node.op == "call_function" and not node.all_input_nodes
@@ -161,7 +161,7 @@ def _unclamped(cast: fx.Node, limit: float) -> tuple[fx.Node, bool]:
             bounds = [None, *bounds]
         minimum, maximum = (*bounds, None, None)[:2]
         if node.kwargs or (minimum is not None and low is not None) or (maximum is not None and high is not None):
-            break  # a clamp of the model's own, inside the one to the range of fp8
+            break  # the model's own clamp, inside the clamp to the range of fp8
         low, high = minimum if low is None else low, maximum if high is None else high
         node = x
     is_clamped = low == -limit and high == limit
@@ -170,7 +170,7 @@ def _unclamped(cast: fx.Node, limit: float) -> tuple[fx.Node, bool]:
     inner = uncast(node)
     if narrowed is not None and is_clamped and dtype_of(inner) is dtype_of(narrowed):
         assert isinstance(inner, fx.Node)
-        return inner, True  # the range of fp8 is in its range: the clamp gives the same in either dtype
+        return inner, True  # its range contains that of fp8: the clamp gives the same in either dtype
     if narrowed is not None and is_clamped:
         detail = f"the value cast is scaled or clamped in {dtype_name(narrowed)}"
         raise Unraised(Reason.DTYPE, detail, narrowed)
@@ -213,7 +213,7 @@ def _operands(scaled: object) -> tuple[object, object, object, QuantRounding] | 
     """(x, factor, scale, rounding) of `x / scale` and of `x * (1 / scale)`.
 
     Raises:
-        Unraised: of `x * (a / b)`, which is `x / (b / a)` but for its rounding.
+        Unraised: for `x * (a / b)`, which differs from `x / (b / a)` in its rounding.
     """
     if is_call(scaled, aten.div.Tensor):
         x, scale = scaled.args
@@ -240,14 +240,14 @@ def _operands(scaled: object) -> tuple[object, object, object, QuantRounding] | 
 def raise_computed(
     canonical: CanonicalGraph, cast: fx.Node, scale: fx.Node, op: DialectOp, args: tuple[Any, ...]
 ) -> None:
-    """Puts an op that yields codes and scales in the place of both: each in the shape that it has in the graph.
+    """Replaces codes and scales by the results of one op, each in its shape in the graph.
 
     Args:
         canonical: the graph.
         cast: the node that holds the codes.
         scale: the node that holds the scales.
-        op: what computes both.
-        args: its arguments, of which the first are the rows.
+        op: the op that computes both.
+        args: its arguments; the first is the rows.
     """
     rows = tensor_of(args[0])
     fakes = op.fake(rows, *args[1:])
@@ -263,7 +263,7 @@ def raise_computed(
     for index, (each, result) in enumerate(zip(old, results, strict=True)):
         value = tensor_of(each)
         assert value is not None
-        if value.dtype is not fakes[index].dtype:  # bytes by another name
+        if value.dtype is not fakes[index].dtype:  # the same bytes, under another dtype
             dtype = value.dtype
             result = results[index] = canonical.insert_before(
                 place, aten.view.dtype, (result, dtype), fakes[index].view(dtype)
@@ -280,7 +280,7 @@ def _is_alike(value: Tensor | None, like: Tensor) -> bool:
 
 
 def _sizes(canonical: CanonicalGraph, node: fx.Node) -> list[Any]:
-    """The sizes of a node's value as `reshape` takes them."""
+    """The sizes of a node's value, as arguments of `reshape`."""
     value = tensor_of(node)
     assert value is not None
     sizes: list[Any] = list(value.shape)
@@ -306,7 +306,7 @@ def reordered(node: object) -> object:
 
 
 def source_of(node: object) -> object:
-    """Looks through such views, and through casts that change no value."""
+    """Looks through views that keep the order of the elements, and through casts that change no value."""
     while is_call(node, *ORDER_KEEPING) or uncast(node) is not node:
         assert isinstance(node, fx.Node)
         node = node.args[0]
@@ -314,14 +314,14 @@ def source_of(node: object) -> object:
 
 
 def uncast(node: object) -> object:
-    """Looks through a cast of low precision to float32, in which |x| and amax are as exact."""
+    """Looks through a cast from low precision to float32, which changes neither |x| nor amax."""
     if not is_call(node, convert_element_type) or dtype_of(node) is not torch.float32:
         return node
     return node.args[0] if dtype_of(node.args[0]) in LOW_PRECISION else node
 
 
 def number_of(node: object) -> float | None:
-    """A number, as it is or as a tensor that holds nothing else: of low precision, as that holds it."""
+    """A number, given as it is or as a tensor filled with it; rounded if the tensor's dtype has low precision."""
     if isinstance(node, (int, float)):
         return node
     number, dtype = fill_of(node), dtype_of(node)

@@ -1,4 +1,4 @@
-"""Bounds that graphs give to fp8 scales, and to the largest elements that these are computed from."""
+"""Bounds on fp8 scales in graphs, and on the amax that a scale is computed from."""
 
 import math
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ LOWER_BOUNDS = (aten.clamp_min.default, aten.clamp_min.Tensor, aten.maximum.defa
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """Of a value.
+    """The bounds of a value.
 
     Attributes:
-        least: the smallest; 0 for none.
-        most: the largest number.
-        upper: a node of one element that it isn't above.
+        least: the lower bound; 0 for none.
+        most: the upper bound, a number.
+        upper: the node of an upper bound that is a tensor of one element; None: there is none.
     """
 
     least: float = 0.0
@@ -41,10 +41,10 @@ class Bounds:
 
 
 def joined(outer: Bounds, inner: Bounds, node: fx.Node) -> Bounds:
-    """Of what is bounded twice: the op takes the larger of the least first, then the smaller of the most.
+    """The bounds of a value that is bounded twice: the op applies the larger lower bound, then the smaller upper one.
 
     Raises:
-        Unraised: that isn't the same.
+        Unraised: the op would compute something else.
     """
     if outer.least > inner.most or (outer.upper is not None and inner.least):
         raise Unraised(Reason.OP, "the scale has a least bound above its upper one", node)
@@ -61,8 +61,8 @@ def bounded(node: fx.Node, *, own: torch.dtype | None = None, is_largest: bool =
 
     Args:
         node: the value.
-        own: in which dtype x is exact, and may be held, besides float32.
-        is_largest: whether it is the largest of elements, which may be bounded by a tensor, too.
+        own: a dtype besides float32 that holds x exactly and that x may have.
+        is_largest: whether the value is an amax, which a tensor may bound as well.
     """
     found, held = Bounds(), torch.float32
     while True:
@@ -91,7 +91,7 @@ def bounded(node: fx.Node, *, own: torch.dtype | None = None, is_largest: bool =
 
 
 def _bound(node: fx.Node) -> tuple[fx.Node, tuple[float, float]] | None:
-    """(x, (least, most)) of `clamp(x, least, most)`, and of what else bounds x by numbers."""
+    """(x, (least, most)) of `clamp(x, least, most)`, and of other ops that bound x by numbers."""
     if node.kwargs or not is_call(node, *LOWER_BOUNDS, *UPPER_BOUNDS, aten.clamp.default):
         return None
     x, *bounds = node.args
@@ -108,7 +108,7 @@ def _bound(node: fx.Node) -> tuple[fx.Node, tuple[float, float]] | None:
 
 
 def _upper(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """(x, bound) of `minimum(x, bound)`, where the bound is a tensor of one element that is as exact as x."""
+    """(x, bound) of `minimum(x, bound)`, where the bound is a tensor of one element in a dtype that x's can hold."""
     if not is_call(node, *UPPER_BOUNDS):
         return None
     x, *bounds = node.args

@@ -1,8 +1,8 @@
-"""What quantisations to fp8 share that stand in graphs as ops of vLLM's: see `fuseplan.graph.canonical.engines`.
+"""Shared by quantisations to fp8 that are vLLM ops in graphs: see `fuseplan.graph.canonical.engines`.
 
-What rounds where is read off vLLM 0.22 to 0.33, `csrc/quantization/w8a8/fp8/common.cu` and `per_token_group_quant.cu`.
-Of rows with NaN nothing is promised: these kernels leave NaN out of the largest and make the largest code of it.
-Inductor sees into none of these ops, so that each is a kernel of its own.
+Their rounding is read off vLLM 0.22 to 0.33, `csrc/quantization/w8a8/fp8/common.cu` and `per_token_group_quant.cu`.
+Nothing is promised for rows with NaN: these kernels ignore NaN in the largest element and turn it into the largest
+code. All of these ops are opaque to Inductor, so each is a separate kernel.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +25,13 @@ Reader = Callable[[CanonicalGraph, fx.Node, Mapping[str, Any]], None]
 
 
 def engine_reader(op: DialectOp, title: str, read: Reader) -> EngineReader:
-    """What raises an op of vLLM's to a dialect op, or says why it doesn't.
+    """A reader that raises a vLLM op to a dialect op, or records why it can't.
 
     Args:
         op: the dialect op.
         title: its name, for a person.
-        read: raises a call of these arguments by name; it raises `Unraised` where the op doesn't compute that.
+        read: raises a call, given its arguments by name, to the op; throws `Unraised` where the op computes something
+            else.
     """
 
     def reads(
@@ -47,17 +48,17 @@ def engine_reader(op: DialectOp, title: str, read: Reader) -> EngineReader:
 def raise_call(
     canonical: CanonicalGraph, node: fx.Node, op: DialectOp, args: Sequence[Any], results: Sequence[fx.Node | None]
 ) -> None:
-    """Puts a dialect op in the place of a call whose results lie as the op's do.
+    """Replaces a call by a dialect op whose results have the same layout.
 
     Args:
         canonical: the graph.
         node: the call.
-        op: what computes the same.
-        args: its arguments, of which the first is what is quantised.
-        results: what the call writes, in the op's order; None for what isn't read.
+        op: the dialect op that computes the same.
+        args: its arguments; the first is the tensor to quantise.
+        results: the results that the call writes, in the op's order; None for an unread one.
 
     Raises:
-        Unraised: shapes, dtypes or strides of the results are others than the op's.
+        Unraised: shapes, dtypes or strides of the results differ from the op's.
     """
     if results[0] is None:
         raise Unraised(Reason.DEAD, "the codes aren't read", node)
@@ -72,19 +73,19 @@ def raise_call(
 
 
 def lies_as(value: Tensor, like: Tensor) -> bool:
-    """Whether two tensors have one dtype, shape and strides, which may be a column's of scales."""
+    """Whether two tensors have the same dtype, shape and strides; padded columns of scales count as the same."""
     lies_so = equal_rounded(value.stride(), like.stride(), ALIGNED_ROWS)
     return value.dtype is like.dtype and equal_shape(value, like) and lies_so
 
 
 def check_rows(node: fx.Node, x: fx.Node, codes: object) -> None:
-    """That rows of a dtype that ops take are made codes in float8_e4m3fn.
+    """Checks that the rows have a dtype that ops take, and that their codes are in float8_e4m3fn.
 
     Raises:
-        Unraised: they aren't.
+        Unraised: they don't, or aren't.
     """
     if dtype_of(x) not in (torch.float32, *LOW_PRECISION):
-        raise Unraised(Reason.DTYPE, f"what is quantised is {dtype_name(x)}", node)
+        raise Unraised(Reason.DTYPE, f"the quantised tensor is {dtype_name(x)}", node)
     if dtype_of(codes) is torch.float8_e4m3fnuz:
         detail = "vLLM's kernels take 224 for the largest of float8_e4m3fnuz, and the op takes 240"
         raise Unraised(Reason.DTYPE, detail, node)
@@ -93,10 +94,10 @@ def check_rows(node: fx.Node, x: fx.Node, codes: object) -> None:
 
 
 def one_number(canonical: CanonicalGraph, node: fx.Node, scale: fx.Node, x: fx.Node, what: str) -> fx.Node:
-    """A tensor of one float32 element beside x, of no more than one dimension.
+    """A scale as a tensor of one float32 element on x's device, with at most one dimension.
 
     Raises:
-        Unraised: it is something else.
+        Unraised: the scale is something else.
     """
     value, rows = tensor_of(scale), tensor_of(x)
     assert value is not None and rows is not None

@@ -1,11 +1,11 @@
-"""Scales that a graph computes from what it quantises: read once, for the ops of a scale a row and of a scale a group.
+"""Scales computed from the quantised tensor itself, as graphs spell them: a scale a row, or a scale a group.
 
     scale = max(power(clamp(min(amax(|x|), scale_ub) / fp8_max, min_scale, max_scale)), min_power) or zero_scale
 
-where `power` rounds up to a power of two, or isn't there, and the largest may be that of -amin(x) and amax(x). Between
-those steps values may be viewed in other shapes, as long as the order of the elements stays, and cast where that
-changes none of them: |x| and its largest are in float32 or in the precision of x, to which bounds before the division
-are then rounded. The division is in float32, as in ops, or in the precision of x, to which it is then rounded.
+`power` rounds up to a power of two, or is absent, and amax(|x|) may be the larger of -amin(x) and amax(x). Between the
+steps values may be reshaped, as long as the order of the elements stays, and cast where a cast changes no value: |x|
+and amax are in float32 or in the dtype of x, and in the latter case bounds before the division are rounded to it. The
+division is in float32, as in the ops, or in the dtype of x, which rounds the quotient.
 """
 
 import math
@@ -39,24 +39,24 @@ from fuseplan.rules.parts.fp8_bounds import UPPER_BOUNDS, Bounds, bounded, joine
 
 NORMAL = torch.finfo(torch.float32).tiny
 MOST_STEPS = 16
-"""From a scale to what it is computed from."""
+"""The most ops from a scale back to the amax it is computed from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputedScale:
-    """A scale of every `size` elements of `rows`, one after the other.
+    """A scale of every `size` consecutive elements of `rows`.
 
     Attributes:
-        node: which holds it.
-        rows: of whole groups, or of one group each: x in its own precision.
+        node: the node that holds the scales.
+        rows: x in its own precision, in rows of whole groups or of one group each.
         size: elements of a group; None: a group is a row.
-        min_scale: the smallest before it is rounded; 0 for none.
-        max_scale: likewise the largest.
+        min_scale: the lower bound before rounding to a power of two; 0 for none.
+        max_scale: the upper bound before rounding to a power of two; 0 for none.
         scale_ub: the node that bounds the largest element; None: it has no bound.
         is_power: whether it is rounded up to a power of two.
-        min_power: the smallest behind that; 0 for none.
-        zero_scale: what takes the place of 0 behind all that.
-        rounding: how it is rounded to the precision of x or isn't, and applied.
+        min_power: the lower bound after that rounding; 0 for none.
+        zero_scale: the replacement for a final scale of 0.
+        rounding: whether the scale is rounded to the dtype of x, and how it is applied.
     """
 
     node: fx.Node
@@ -72,29 +72,29 @@ class ComputedScale:
 
 
 def is_computed(scaling: Scaling) -> bool:
-    """Whether the scale is computed from the largest |x| in some way."""
+    """Whether the scale is computed from amax(|x|), in whatever way."""
     return _largest_of(scaling.scale) is source_of(scaling.x)
 
 
 def is_given(scaling: Scaling) -> bool:
-    """Whether the scale is one number for all; that of a single row, as in decoding, is one number too."""
+    """Whether the scale is one number for all rows; the scale of a single row, as in decoding, is one number too."""
     factor = tensor_of(scaling.factor)
     assert factor is not None
     return equal_size(factor.numel(), 1) and not (is_computed(scaling) and factor.dim() > 1)
 
 
 def seems_split(x: fx.Node) -> bool:
-    """Whether x is a view of rows as groups of their elements."""
+    """Whether x is a view of rows split into groups."""
     chain = list(_views(x))
     widths = [_width(node) for node in chain]
     return any(width > widths[0] for width in widths[1:])
 
 
 def computed_scale(scaling: Scaling) -> ComputedScale:
-    """How the scale is computed.
+    """Reads how the scale is computed.
 
     Raises:
-        Unraised: otherwise than above.
+        Unraised: it isn't computed as described above.
     """
     _check_same(scaling)
     node, size = _spread(scaling)
@@ -107,7 +107,7 @@ def computed_scale(scaling: Scaling) -> ComputedScale:
         detail = f"the scale is of {reduced.shape[-1]} elements each, and is applied to {size}"
         raise Unraised(Reason.SIZE, detail, amax)
     if not scaling.is_clamped and (is_rounded or is_bounded or max(bounds.least, min_power) < NORMAL):
-        raise scaling.unclamped  # a scale that lost digits may leave more than fp8 holds
+        raise scaling.unclamped  # with a rounded scale, x / scale may be beyond the range of fp8
     rows, is_split = rows_in_groups(scaling.x, size)
     rounding = scaling.rounding
     if is_rounded and not rounding.rounds_scaled:
@@ -120,7 +120,7 @@ def computed_scale(scaling: Scaling) -> ComputedScale:
 
 
 def _largest_of(scale: fx.Node) -> object:
-    """x, if a scale is computed from the largest |x| in some way, or None."""
+    """x, if a scale is computed from amax(|x|) in whatever way, or None."""
     node, first, is_reduced = scale, None, False
     for _ in range(MOST_STEPS):
         both = _extremes(node)
@@ -129,7 +129,7 @@ def _largest_of(scale: fx.Node) -> object:
         is_reduced |= is_call(node, aten.amax.default, aten.max.dim, aten.max.default)
         if is_call(node, aten.abs.default):
             first = first or source_of(node.args[0])
-            if is_reduced:  # else it may be of the scale itself, before its logarithm
+            if is_reduced:  # otherwise it may be the |scale| inside a logarithm
                 return source_of(node.args[0])
         if not node.all_input_nodes:
             break
@@ -138,7 +138,7 @@ def _largest_of(scale: fx.Node) -> object:
 
 
 def _check_same(scaling: Scaling) -> None:
-    """That the scale is of what it scales."""
+    """Checks that the scale is computed from the tensor that it scales."""
     largest, x = _largest_of(scaling.scale), source_of(scaling.x)
     if largest is x:
         return
@@ -153,7 +153,7 @@ def _check_same(scaling: Scaling) -> None:
 
 
 def _spread(scaling: Scaling) -> tuple[fx.Node, Any]:
-    """(the node that holds a scale for each group, elements of a group), of what x is scaled by."""
+    """(the node that holds a scale for each group, elements of a group), read from the factor of x."""
     x, factor = tensor_of(scaling.x), tensor_of(scaling.factor)
     assert x is not None and factor is not None
     node, size, is_inverse = scaling.factor, None, scaling.rounding is QuantRounding.MULTIPLY
@@ -175,13 +175,13 @@ def _spread(scaling: Scaling) -> tuple[fx.Node, Any]:
     if equal_size(factor.numel(), 1) and not equal_size(x.numel(), x.shape[-1]):
         raise one_of_all(scaling.factor)
     if not fits or size is None:
-        detail = f"the scale has the shape {[*factor.shape]}, and what it scales {[*x.shape]}"
+        detail = f"the scale has the shape {[*factor.shape]}, and the values it scales {[*x.shape]}"
         raise Unraised(Reason.SIZE, detail, scaling.factor, "compute one scale for each row")
     return node, size
 
 
 def one_of_all(scale: fx.Node) -> Unraised:
-    """A scale of a whole tensor."""
+    """The error for a scale of a whole tensor."""
     detail = "the scale is computed from all rows at once, and the ops take one a row or a given one"
     return Unraised(Reason.OP, detail, scale)
 
@@ -195,8 +195,8 @@ def _repeats_last(expand: fx.Node) -> bool:
 
 
 def _bounds(scale: fx.Node, scaling: Scaling) -> tuple[fx.Node, Bounds, bool, float, bool]:
-    """(amax, bounds of what it gives, is_power, min_power, whether it is rounded to the precision of x), from a scale
-    back to the largest that it is computed from.
+    """(amax, bounds of the scale, is_power, min_power, whether it is rounded to the dtype of x), read from the scale
+    back to amax.
     """
     own = dtype_of(source_of(scaling.x))
     node, outer = bounded(scale, own=own if scaling.rounding.rounds_scaled else None)
@@ -214,7 +214,7 @@ def _bounds(scale: fx.Node, scaling: Scaling) -> tuple[fx.Node, Bounds, bool, fl
     if not is_call(quotient, aten.div.Tensor) or number_of(quotient.args[1]) != scaling.limit:
         raise _unknown(quotient, scaling.limit)
     amax, before = bounded(quotient.all_input_nodes[0], own=own, is_largest=True)
-    # A division that is rounded to the nearest keeps the order, so bounds may be taken of either side of it.
+    # Division with rounding to nearest is monotonic, so bounds may apply before or after it.
     least, most = (torch.tensor(bound, dtype=torch.float32) / scaling.limit for bound in (before.least, before.most))
     if is_rounded:
         least, most = (bound.to(own) for bound in (least, most))
@@ -225,13 +225,13 @@ def _bounds(scale: fx.Node, scaling: Scaling) -> tuple[fx.Node, Bounds, bool, fl
 
 
 def rounded_by_log2(scale: fx.Node) -> Unraised:
-    """A power of two of float32 rows: in low precision no quotient is that near to one."""
+    """The error for log2 of a scale of float32 rows. In low precision no quotient is that close to a power of two."""
     detail = "log2 rounds a scale just above a power of two down to it, and the op rounds it up, of float32 rows"
     return Unraised(Reason.ROUNDING, detail, scale)
 
 
 def _check_powers(bounds: Bounds, node: fx.Node) -> None:
-    """That no bound is so near above a power of two that log2 rounds it down to that."""
+    """Checks that no bound is so close above a power of two that log2 rounds it down to that power."""
     if bounds.upper is not None and dtype_of(bounds.upper) not in LOW_PRECISION:
         detail = "log2 rounds an upper bound just above a power of two down to it, and the op rounds it up"
         raise Unraised(Reason.ROUNDING, detail, node)
@@ -242,7 +242,7 @@ def _check_powers(bounds: Bounds, node: fx.Node) -> None:
 
 
 def _zero(scale: fx.Node) -> tuple[fx.Node, float]:
-    """(s, number) of `where(s == 0, number, s)`; (the scale, 0) where it is none."""
+    """(s, number) of `where(s == 0, number, s)`; (the scale, 0) of any other scale."""
     condition, number, other = scale.args if is_call(scale, aten.where.self) else (None, None, None)
     found = number_of(number)
     if not is_call(condition, aten.eq.Scalar) or condition.args != (other, 0) or found is None:
@@ -284,7 +284,7 @@ def _exponent(scale: fx.Node) -> object:
 
 
 def _unknown(node: fx.Node, limit: float) -> Unraised:
-    """What stands where the largest is divided by what fp8 holds at most."""
+    """The error for an op in place of the division of amax by the largest fp8 value."""
     exponent = _exponent(node)
     number = number_of(node.args[1]) if len(node.args) > 1 else None
     if is_call(node, aten.div.Tensor) and number is not None:
@@ -334,8 +334,8 @@ def _reduced(amax: fx.Node) -> fx.Node:
 
 
 def rows_in_groups(x: fx.Node, size: Any) -> tuple[fx.Node, bool]:
-    """(rows, whether a row has several groups) that x is a view of as groups of so many elements: the earliest view of
-    such rows, in the precision of what it is a view of.
+    """(rows, whether a row has several groups), where x views the rows in groups of this size: the earliest value in a
+    chain of views that has such rows, in its own dtype.
     """
     chain = list(_views(x))
     widths = [_width(node) for node in chain]
@@ -349,7 +349,7 @@ def rows_in_groups(x: fx.Node, size: Any) -> tuple[fx.Node, bool]:
 
 
 def _views(x: fx.Node) -> Iterator[fx.Node]:
-    """A node, and what it is a view or an exact cast of, down to the first of them."""
+    """A node and the values it is a view or an exact cast of, back to the base."""
     yield x
     while is_call(x, *ORDER_KEEPING) or uncast(x) is not x:
         x = x.all_input_nodes[0]
@@ -357,7 +357,7 @@ def _views(x: fx.Node) -> Iterator[fx.Node]:
 
 
 def _dims(node: fx.Node) -> int:
-    """How many dimensions it has."""
+    """The number of dimensions."""
     value = tensor_of(node)
     return value.dim() if value is not None else 0
 
@@ -369,6 +369,6 @@ def _last(node: fx.Node) -> Any:
 
 
 def _width(node: fx.Node) -> int:
-    """The same; 0 where it isn't known."""
+    """The size of the last dimension; 0 where it isn't known."""
     size = _last(node)
     return size if isinstance(size, int) else 0

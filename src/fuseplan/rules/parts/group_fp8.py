@@ -45,17 +45,17 @@ def reference(
         max_scale: the largest scale; 0 for none.
         ue8m0: whether scales are rounded up to powers of two. torch's own `exp2(ceil(log2(scale)))` gives the power
             below for a scale that is up to three units in the last place above it.
-        min_power: the smallest scale behind that rounding, as it is; 0 for none, and without that rounding.
-        zero_scale: what takes the place of a scale of 0, behind all that.
-        scale_ub: the largest element of a group that counts, one element in any dtype; None for none.
-        rounding: one of `QuantRounding`; it says how the scale is rounded, before it is made a power of two, and
-            applied to x. The scale itself is always a division.
+        min_power: the lower bound after that rounding, used as it is; 0 for none, and without that rounding.
+        zero_scale: the replacement for a final scale of 0.
+        scale_ub: the upper bound of a group's largest element, one element in any dtype; None for none.
+        rounding: one of `QuantRounding`; says how the scale is rounded, before it is made a power of two, and how it is
+            applied to x. The scale itself is always computed by a division.
 
-        layout: one of `ScaleLayout` but `SWIZZLED`: how scales lie.
+        layout: the memory layout of scales, one of `ScaleLayout` except `SWIZZLED`.
 
     Returns:
         (q, scale): [..., hidden] in `dtype`, contiguous, and [..., hidden / group_size] in float32 (float64 for float64
-        inputs, x's dtype by `divide_rounded`), or what `layout` makes of that.
+        inputs, x's dtype by `divide_rounded`), in the shape that `layout` gives it.
 
     Raises:
         ValueError: `rounding` isn't one of `QuantRounding`, or `layout` one of `ScaleLayout`.
@@ -86,7 +86,7 @@ def decode(
     codes: Tensor, scales: Tensor, group_size: int, dtype: torch.dtype, min_scale: float, max_scale: float,
     ue8m0: bool, min_power: float, zero_scale: float, scale_ub: Tensor | None, rounding: str, layout: str,
 ) -> Decoded | None:  # fmt: skip
-    """What both stand for, where scales are powers of two."""
+    """The numbers that codes and scales encode, where scales are powers of two."""
     if not ue8m0:
         return None
     own = in_rows(scales, codes.numel() // codes.shape[-1], codes.shape[-1] // group_size, layout)
@@ -100,7 +100,7 @@ SAMPLE_GROUP = 64
 
 
 def _sample_arguments(device: torch.device) -> tuple[Any, ...]:
-    """All but x; vLLM's kernel divides a largest element of at least 1e-10 by 448."""
+    """All arguments except x; vLLM's kernel bounds the largest element below by 1e-10 and divides it by 448."""
     how = QuantRounding.DIVIDE.value, ScaleLayout.ROWS.value
     return SAMPLE_GROUP, torch.float8_e4m3fn, 1e-10 / 448, 0.0, False, 0.0, 0.0, None, *how
 
@@ -130,7 +130,7 @@ per_token_group_fp8_quant = define(
 
 
 def raise_groups(canonical: CanonicalGraph) -> None:
-    """Raises every quantisation whose scale is of each group of several in a row."""
+    """Raises every quantisation by a scale of each group, with several groups in a row."""
     for cast, found in scalings(canonical):
         if isinstance(found, Unraised) or is_given(found):
             continue
@@ -159,13 +159,13 @@ def _width(rows: fx.Node) -> int:
 
 
 VLLM_LEAST = 1e-10
-"""The smallest scale before it is made a power of two, in vLLM's kernels."""
+"""The lower bound of scales before they are made powers of two, in vLLM's kernels."""
 
 
 def _read_groups(canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any]) -> None:
-    """`_C::per_token_group_fp8_quant(input, output_q!, output_s!, group_size, eps, fp8_min, fp8_max, scale_ue8m0)`, how
-    scales lie being told by the strides of `output_s`; and `_packed(input, output_q!, output_s_packed!, group_size,
-    eps, fp8_min, fp8_max)`, whose scales are powers of two.
+    """`_C::per_token_group_fp8_quant(input, output_q!, output_s!, group_size, eps, fp8_min, fp8_max, scale_ue8m0)`,
+    where the strides of `output_s` tell the layout of scales, and `_packed(input, output_q!, output_s_packed!,
+    group_size, eps, fp8_min, fp8_max)`, with powers of two as scales.
 
     scale = max(amax(|x|), eps) / fp8_max, of each group; q = x / scale
     """
@@ -191,7 +191,7 @@ def _read_groups(canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, 
 
 
 def _layout_of(node: fx.Node, scales: fx.Node, rows: Tensor, groups: Any) -> ScaleLayout:
-    """How scales lie in memory that was made for them."""
+    """The layout of scales in the memory allocated for them."""
     value = tensor_of(scales)
     assert value is not None
     for layout in (ScaleLayout.ROWS, ScaleLayout.COLUMNS, ScaleLayout.ALIGNED):
@@ -202,7 +202,7 @@ def _layout_of(node: fx.Node, scales: fx.Node, rows: Tensor, groups: Any) -> Sca
 
 
 class GroupFp8(GroupCodes):
-    """It at a site."""
+    """The quantisation at a site."""
 
     name, eager_kernels, scale_bytes = "group_fp8_quant", 30, SCALE_BYTES
 

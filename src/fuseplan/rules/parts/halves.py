@@ -27,7 +27,7 @@ class Half:
 
 
 def half_of(node: object) -> Half | None:
-    """Which part of what a node is; None where it is no part, or the last dimension has no constant size."""
+    """The half that a node takes; None where it takes none, or the last dimension has no constant size."""
     if is_call(node, aten.slice.Tensor):
         return _sliced(node)
     if is_call(node, aten.select.int) and is_last(node.args[0], node.args[1]) and width_of(node.args[0]) == 2:

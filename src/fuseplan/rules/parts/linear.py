@@ -1,4 +1,4 @@
-"""Linear layers, and those that read one input: queries, keys and values, or gate and up."""
+"""Linear layers. Layers that read one input, like queries, keys and values, or gate and up, become one op."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -17,16 +17,16 @@ from fuseplan.rules.parts.halves import SPLITS, half_of
 from fuseplan.rules.parts.traffic import Kernel, Middle
 
 NAMES = ("linear", "linear_pair", "linear_triple")
-"""Of the ops of one, two and three layers."""
+"""Names of the ops of one, two and three layers."""
 MOST_TOGETHER = len(NAMES)
 LEAST_ROWS = 16
-"""That a tensor core multiplies at once."""
+"""Rows that a tensor core multiplies at once."""
 MOST_SHARED_FEATURES = 4224
-"""Of layers whose width several programs share, on a device with 132 processors: tiles of 64 for half of them."""
+"""The most features of layers whose width is split: tiles of 64 for half of a device's 132 processors."""
 
 
 def parameters_of(count: int) -> str:
-    """The arguments of so many layers, as they stand in a schema."""
+    """The arguments of this many layers, in the syntax of a schema."""
     weights = [f"Tensor weight{index}" for index in range(count)]
     biases = [f"Tensor? bias{index}" for index in range(count)]
     return ", ".join(("Tensor x", *weights, *biases))
@@ -36,11 +36,11 @@ def linears_reference(*arguments: Any) -> Any:
     """y_i = torch.nn.functional.linear(x, weight_i, bias_i)
 
     Args:
-        arguments: x [..., width], then the weights [features_i, width], x's dtype, then as many biases [features_i] or
-            None.
+        arguments: x [..., width], then the weights [features_i, width], x's dtype, then a bias [features_i] or None for
+            each weight.
 
     Returns:
-        [..., features_i] in x's dtype of each layer; of a single one not in a tuple.
+        [..., features_i] of each layer in x's dtype; for a single layer not in a tuple.
     """
     x, weights, biases = split_arguments(arguments)
     found = tuple(torch.nn.functional.linear(x, *each) for each in zip(weights, biases, strict=True))
@@ -67,7 +67,7 @@ def draw_weight(shape: tuple[int, ...], device: torch.device, generator: torch.G
 
 
 def samples_of(count: int) -> list[Sample]:
-    """Arguments of so many layers."""
+    """Samples of this many layers."""
     return [
         _sample((1, 96), (64, 32, 16)[:count], torch.bfloat16, biased=False),
         _sample((2, 5, 160), (48, 80, 33)[:count], torch.float16, biased=True),
@@ -87,7 +87,7 @@ def _sample(shape: tuple[int, ...], features: tuple[int, ...], dtype: torch.dtyp
 
 
 def weight_draws(count: int) -> dict[str, Any]:
-    """How the weights of so many layers are drawn."""
+    """How to draw the weights of this many layers."""
     return {f"weight{index}": draw_weight for index in range(count)}
 
 
@@ -138,7 +138,7 @@ HALVES = define(
     fake=halves_fake,
     samples=[_halves_sample((3, 64), torch.bfloat16), _halves_sample((2, 5, 96), torch.float16)],
 )
-"""What a layer that was merged before yields: gate and up."""
+"""The results of a layer that a model merged itself: gate and up."""
 
 
 # How graphs spell them.
@@ -149,12 +149,13 @@ class _Layer:
     """One layer: `reshape(mm(reshape(x), permute(weight)))`, the reshapes absent where x has two dimensions.
 
     Attributes:
-        rows: what the product reads.
+        rows: the left operand of the product.
         weight: [features, width], an input of the graph.
-        bias: likewise [features], or None.
+        bias: [features], an input of the graph, or None.
         product: the product.
-        source: what `rows` is a reshape of, and else `rows`.
-        result: the reshape of the product that undoes it; None: there is none, or others read the product, too.
+        source: the operand of the reshape that yields `rows`; without one, `rows`.
+        result: the reshape of the product back to the source's dimensions; None: there is none, or the product has
+            other readers.
     """
 
     rows: fx.Node
@@ -174,7 +175,7 @@ def raise_linears(canonical: CanonicalGraph) -> None:
             groups.setdefault((layer.source, canonical.region[node]), []).append(node)
     for products in groups.values():
         for few in shared_out(products):
-            # Read again: what the group reads may have been another one's result.
+            # Read again: the group's inputs may have been results of a group raised before.
             _raise(canonical, [layer for product in few if (layer := _read(product)) is not None])
     for call in canonical.calls(LINEARS[0].overload):
         _raise_halves(canonical, call)
@@ -205,12 +206,12 @@ def _read(node: Call) -> _Layer | None:
 
 
 def is_input(node: object) -> bool:
-    """Whether a value is there before the graph runs, so that no result of a layer can be part of it."""
+    """Whether a value exists before the graph runs, so that it depends on no layer's result."""
     return isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr")
 
 
 def _fits(weight: object, bias: object) -> bool:
-    """Whether a weight holds real numbers, and a bias one for each of its rows, if there is a bias."""
+    """Whether a weight is floating point, and its bias, if any, has one element for each of its rows."""
     value, added = tensor_of(weight), tensor_of(bias)
     if value is None or not value.dtype.is_floating_point or any(equal_size(size, 0) for size in value.shape):
         return False
@@ -227,7 +228,7 @@ def _ends_alike(source: object, rows: fx.Node) -> bool:
 
 
 def _undone(product: fx.Node, source: fx.Node) -> fx.Node | None:
-    """The one reader of a product, where it is a reshape to the leading dimensions of the source."""
+    """The only reader of a product, if it is a reshape to the leading dimensions of the source."""
     reader = next(iter(product.users)) if len(product.users) == 1 else None
     if not is_call(reader, *RESHAPES):
         return None
@@ -239,7 +240,7 @@ def _undone(product: fx.Node, source: fx.Node) -> fx.Node | None:
 
 
 def shared_out(products: Sequence[Call]) -> Iterable[Sequence[Call]]:
-    """Up to three at a time, of four two and two."""
+    """Products in groups of up to three; four are split in two and two."""
     while products:
         count = 2 if len(products) == MOST_TOGETHER + 1 else min(MOST_TOGETHER, len(products))
         yield products[:count]
@@ -257,7 +258,7 @@ def _raise(canonical: CanonicalGraph, layers: Sequence[_Layer]) -> None:
         canonical.raise_op(op, (first.rows, *weights, *biases), [layer.product for layer in layers])
 
 
-# What they cost.
+# Prices.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,9 +266,9 @@ class LinearRegion:
     """Layers that read the same rows, at one size.
 
     Attributes:
-        rows: of the input.
-        width: of a row.
-        features: of each layer's result.
+        rows: rows of the input.
+        width: elements of a row.
+        features: features of each layer's result.
         itemsize: bytes of an element.
     """
 
@@ -285,26 +286,26 @@ def library_kernels(hardware: Hardware, region: LinearRegion) -> tuple[Kernel, .
 
 
 def skinny_kernel(hardware: Hardware, region: LinearRegion, *, shares_width: bool = False) -> Kernel:
-    """One kernel for all of them, which reads the weights as fast as memory yields them to as many programs.
+    """One kernel for all layers, which reads the weights at the memory bandwidth that its programs can use.
 
     Args:
         hardware: the device.
         region: the layers.
         shares_width: whether several programs share the width where there are few tiles of features.
     """
-    idle = 1.0
+    slowdown = 1.0
     if not shares_width and sum(region.features) <= MOST_SHARED_FEATURES:
-        idle = (hardware.linear.idle if region.rows > LEAST_ROWS else hardware.linear.idle_few).value
-    return _kernel(hardware, region, region.features, "skinny linear", hardware.linear.skinny.value, idle)
+        slowdown = (hardware.linear.idle if region.rows > LEAST_ROWS else hardware.linear.idle_few).value
+    return _kernel(hardware, region, region.features, "skinny linear", hardware.linear.skinny.value, slowdown)
 
 
 def _kernel(
-    hardware: Hardware, region: LinearRegion, features: Sequence[int], name: str, latency: float, idle: float = 1.0
+    hardware: Hardware, region: LinearRegion, features: Sequence[int], name: str, latency: float, slowdown: float = 1.0
 ) -> Kernel:  # fmt: skip
     elements = region.rows * region.width + sum(features) * (region.width + region.rows)
     operations = 2.0 * region.rows * region.width * sum(features)
-    # Weights don't stay in a cache: a model reads all others before it reads them again.
-    memory = idle * elements * region.itemsize / hardware.memory_bandwidth.value
+    # Weights don't stay in the L2 cache: a model reads all the others before it reads them again.
+    memory = slowdown * elements * region.itemsize / hardware.memory_bandwidth.value
     return Kernel(
         name=name, launch=round(latency), memory=round(max(memory, operations / hardware.attention.rate.value)),
         kind="linear" if name == "linear" else "skinny",

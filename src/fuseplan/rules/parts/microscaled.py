@@ -1,4 +1,4 @@
-"""What the microscaled formats (MX) share: scales of groups that are powers of two, kept as their exponents in bytes.
+"""Shared by the microscaled formats (MX): a power of two as the scale of each group, stored as its exponent in a byte.
 
     a = amax(|x|) of a group, float32;  b = its bits
     power = ((b >> 23) & 255) - 127 [+ 1 where a is no power of two, `ceil`]
@@ -35,11 +35,11 @@ GROUP = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """What a code holds.
+    """The number format of a code.
 
     Attributes:
         most: its largest value.
-        digits: of its mantissa, as DIGITS are of float32's.
+        digits: bits of its mantissa; float32 has DIGITS.
     """
 
     most: float
@@ -52,16 +52,16 @@ class Format:
 
     @property
     def half(self) -> int:
-        """Half a unit in the last place of a code, in float32's."""
+        """Half a unit in the last place of a code, in units of float32's last place."""
         return 1 << (DIGITS - self.digits - 1)
 
 
 def scaled_groups(groups: Tensor, codes: Format, scaling: str) -> tuple[Tensor, Tensor]:
-    """Groups as their exponents scale them, which may be more than codes hold, and these.
+    """Groups scaled by their exponents, possibly beyond the range of the codes, and the exponents.
 
     Args:
         groups: [..., groups, size] in the dtype of arithmetic.
-        codes: their format.
+        codes: the format of the codes.
         scaling: one of `MxScaling`.
 
     Returns:
@@ -94,7 +94,7 @@ def laid_out(exponents: Tensor, layout: str) -> Tensor:
     """Exponents in a layout.
 
     Raises:
-        ValueError: it is another one than `rows` or `swizzled`.
+        ValueError: it is neither `rows` nor `swizzled`.
     """
     if layout not in (ScaleLayout.ROWS, ScaleLayout.SWIZZLED):
         raise ValueError(f"exponents lie in 'rows' or 'swizzled', not in '{layout}'")
@@ -104,7 +104,7 @@ def laid_out(exponents: Tensor, layout: str) -> Tensor:
 def decoded(
     exponents: Tensor, rows: int, groups: int, layout: str, numbers: Callable[[Tensor], Tensor], most: float
 ) -> Decoded:
-    """What exponents with their bias stand for, of so many rows and groups of each; see `Decoded`."""
+    """The scales that biased exponents encode, for this many rows of this many groups; see `Decoded`."""
     steps = in_rows(exponents, rows, groups, layout).int()
     scales = torch.where(steps == NAN, math.nan, torch.exp2((steps - BIAS).double()))
     return Decoded(numbers=numbers, scales=scales, steps=steps, most=most)
@@ -142,7 +142,7 @@ _DIVIDED = (aten.div.Tensor, "x", _SCALE)
 
 
 def spellings(codes: Format) -> dict[MxScaling, tuple[Pattern, dict[str, Pattern]]]:
-    """By scaling: the scaled value, and the values that it names."""
+    """By scaling: the pattern of the scaled value, and the patterns of the values that it names."""
     above, power = (aten.add.Tensor, _power("largest"), _IS_BETWEEN), _power("largest")
     product = (aten.clamp_min.default, (aten.mul.Tensor, "x", _FACTOR), -codes.most)
     by_rounded = {"exponent": _exponent("rounded", _power("rounded"), codes.top), "rounded": _rounded(codes.half)}
@@ -160,19 +160,19 @@ Spellings = dict[MxScaling, tuple[Pattern, dict[str, Pattern]]]
 
 
 def read(scaled: object, known: Spellings) -> tuple[MxScaling, Found] | None:
-    """How a value was scaled, and its `x`, `exponent` and `largest`; None where it is no such value."""
+    """The scaling of a value, and its `x`, `exponent` and `largest`; None where no pattern matches."""
     result = None
     for scaling, (pattern, named) in known.items():
         found = all_fit(scaled, pattern, named)
         if found is not None:
             result = scaling, found
-            if _magnitudes(found) is not None:  # what is rounded before it is read fits as what isn't, too
+            if _magnitudes(found) is not None:  # `even`, with its rounding as `largest`, also fits `floor`
                 break
     return result
 
 
 def _magnitudes(found: Found) -> Call | None:
-    """|x| in groups, of which the largest is of each."""
+    """|x| in groups, whose amax is `largest`."""
     amax = reordered(uncast(reordered(found["largest"])))
     magnitudes = amax.args[0] if is_call(amax, aten.amax.default) and list(amax.args[1]) == [-1] else None
     return magnitudes if is_call(magnitudes, aten.abs.default) else None
@@ -182,10 +182,10 @@ def raise_scaled(
     canonical: CanonicalGraph, codes: fx.Node, scaled: fx.Node, op: DialectOp, how: tuple[MxScaling, Found],
     *between: Any,
 ) -> None:  # fmt: skip
-    """Puts an op `(x, group_size, *between, scaling, layout)` in the place of codes and their exponents.
+    """Replaces codes and their exponents by an op `(x, group_size, *between, scaling, layout)`.
 
     Raises:
-        Unraised: it doesn't compute what the graph does.
+        Unraised: the op computes something else.
     """
     scaling, found = how
     if scaling is MxScaling.RCEIL and dtype_of(source_of(found["x"])) is torch.float32:
@@ -203,28 +203,28 @@ def raise_scaled(
 
 
 def _swizzled(exponent: fx.Node, rows: fx.Node, groups: Any) -> fx.Node | None:
-    """The node that holds exponents in tiles, where all that is read of them beside what scales groups is that."""
+    """The node that holds exponents in tiles, where exponents have no other use except to scale groups."""
     scales = [user for user in exponent.users if is_call(user, aten.view.dtype)]
     rest = [user for user in exponent.users if not is_call(user, aten.view.dtype, convert_element_type, aten.eq.Scalar)]
     return swizzled(scales[0], rows, groups) if len(scales) == 1 and not rest else None
 
 
 def rows_of_groups(scaled: fx.Node, found: Found, scale: fx.Node) -> tuple[fx.Node, int]:
-    """(rows, elements of a group) of groups that are scaled each by what is computed of its own largest element.
+    """(rows, elements of a group) of groups whose scales are each computed from the group's own amax.
 
     Args:
         scaled: the scaled groups.
-        found: `x`, which is scaled, and `largest`.
+        found: `x`, the tensor to scale, and `largest`.
         scale: the node that holds the scales.
 
     Raises:
-        Unraised: they are something else.
+        Unraised: the scales are computed from something else.
     """
     x, magnitudes = uncast(found["x"]), _magnitudes(found)
     assert isinstance(x, fx.Node)
     value = tensor_of(magnitudes)
     if magnitudes is None or value is None or source_of(magnitudes.args[0]) is not source_of(x):
-        raise Unraised(Reason.OP, "the scale isn't computed from the largest of what it scales", scale)
+        raise Unraised(Reason.OP, "the scale isn't computed from the largest element of its group", scale)
     _check_shapes(scaled, value, scale)
     size = value.shape[-1]
     rows, is_split = rows_in_groups(x, size)
@@ -234,17 +234,17 @@ def rows_of_groups(scaled: fx.Node, found: Found, scale: fx.Node) -> tuple[fx.No
 
 
 def _check_shapes(scaled: fx.Node, groups: Tensor, scale: fx.Node) -> None:
-    """That each group [..., size] is scaled by the one number that is its own."""
+    """Checks that each group [..., size] has a scale of its own."""
     x, factor = map(tensor_of, product_of(scaled).args)
     assert x is not None and factor is not None
     if not equal_shape(x, groups) or not equal_shape(factor, groups[..., :1]):
-        detail = f"the scale has the shape {[*factor.shape]}, and what it scales {[*x.shape]}"
-        raise Unraised(Reason.SIZE, detail, scale, "keep a scale for each group of what it scales")
+        detail = f"the scale has the shape {[*factor.shape]}, and the groups it scales {[*x.shape]}"
+        raise Unraised(Reason.SIZE, detail, scale, "keep one scale for each group")
 
 
 def product_of(scaled: fx.Node) -> Call:
-    """What divides or multiplies groups, of what may be clamped and viewed behind that. A search from a core comes to
-    it, where codes are too far away.
+    """The division or multiplication that scales groups, from a value behind its clamps and views. Near misses are
+    placed at it: a search from a core reaches it, but not the codes.
     """
     product: Any = scaled
     while not is_call(product, aten.div.Tensor, aten.mul.Tensor):
@@ -253,7 +253,7 @@ def product_of(scaled: fx.Node) -> Call:
 
 
 def products(scale: fx.Node) -> list[fx.Node]:
-    """What divides or multiplies groups by what is computed from their scales."""
+    """The divisions and multiplications of groups by values computed from their scales."""
     found, ahead, seen = list[fx.Node](), [scale], {scale}
     while ahead and len(seen) < MOST_STEPS**2:
         node = ahead.pop(0)
@@ -267,12 +267,12 @@ def products(scale: fx.Node) -> list[fx.Node]:
 
 
 def is_power(node: fx.Node) -> bool:
-    """Whether it is a power of two by a number, which may be an exponent in a byte."""
+    """Whether it is a power of two with a computed exponent."""
     return is_call(node, aten.exp2.default) or (is_call(node, aten.pow.Scalar) and node.args[0] == 2)
 
 
 def behind(value: object) -> Iterator[fx.Node]:
-    """A node, and some of those that it is computed from, the nearest first; none of a number."""
+    """A node and some of the nodes it is computed from, the nearest first; nothing for a number."""
     ahead = [value] if isinstance(value, fx.Node) else []
     for _ in range(MOST_SEEN):
         if not ahead:
@@ -284,11 +284,11 @@ def behind(value: object) -> Iterator[fx.Node]:
 
 MOST_SEEN = 24
 MOST_STEPS = 12
-"""From exponents to what tells their format."""
+"""The most ops from exponents back to the constant that identifies their format."""
 
 
 def format_of(exponents: fx.Node, tops: dict[int, str], largest: dict[float, str]) -> str | None:
-    """What is known by the number that is subtracted from an exponent, or by which the largest element is divided."""
+    """The format identified by the constant subtracted from an exponent, or by the divisor of the largest element."""
     value: object = exponents.args[0]
     for _ in range(MOST_STEPS):
         if not isinstance(value, fx.Node) or not value.args:
@@ -305,18 +305,18 @@ def format_of(exponents: fx.Node, tops: dict[int, str], largest: dict[float, str
 def tell_formats(
     canonical: CanonicalGraph, op: DialectOp, takes: str, tops: dict[int, str], largest: dict[float, str]
 ) -> None:
-    """Notes exponents that are left, of formats that are told by such numbers.
+    """Records exponents that weren't raised and whose format such a constant identifies.
 
     Args:
         canonical: the graph.
-        op: the op that it is near.
-        takes: the codes of that.
-        tops: the formats by what is subtracted from the largest element's exponent.
-        largest: and by what it is divided by.
+        op: the op of the near miss.
+        takes: the codes of that op.
+        tops: formats by the number subtracted from the largest element's exponent.
+        largest: formats by the divisor of the largest element.
     """
     for node in canonical.calls(aten.view.dtype):
         other = format_of(node, tops, largest) if node.args[1] is torch.float8_e8m0fnu else None
         at = [*products(node.all_input_nodes[0]), node]
-        if other is not None and not any(each in canonical.unraised for each in at):  # by what is more like it
+        if other is not None and not any(each in canonical.unraised for each in at):  # a closer lookalike recorded it
             near = Unraised(Reason.DTYPE, f"the codes are {other}, and the op's are {takes}", node)
             near.tell(canonical, op, "microscaled quantisation", at=at, place=node)

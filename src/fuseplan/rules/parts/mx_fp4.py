@@ -1,9 +1,9 @@
-"""MXFP4: e2m1 codes, two a byte, of groups of a row whose scales are powers of two, kept as their exponents in bytes.
+"""MXFP4: e2m1 codes, two a byte, of groups of a row, with powers of two as scales, stored as exponents in bytes.
 
-    exponent, scaled = those of `microscaled`
+    exponent, scaled = see `microscaled`
     byte = e2m1(scaled)[0::2] | e2m1(scaled)[1::2] << 4
 
-as torchao's `to_mx` leaves them: see `fp4` for the conversion.
+as in torchao's `to_mx`; see `fp4` for the conversion.
 """
 
 from typing import Any
@@ -43,21 +43,21 @@ E2M1 = Format(most=MOST, digits=1)
 
 
 def reference(x: Tensor, group_size: int, scaling: str, layout: str) -> tuple[Tensor, Tensor]:
-    """exponent = the biased one of a power of two by each group's largest element;  q = e2m1(x / 2^exponent), packed
+    """exponent = biased power of two from each group's largest element;  q = e2m1(x / 2^exponent), packed
 
     Args:
         x: [..., hidden].
         group_size: elements of a group; it divides hidden.
         scaling: one of `MxScaling`.
-        layout: of the exponents: `ScaleLayout.ROWS` or `ScaleLayout.SWIZZLED`.
+        layout: layout of the exponents, `ScaleLayout.ROWS` or `ScaleLayout.SWIZZLED`.
 
     Returns:
-        (q, exponent): [..., hidden / 2] in uint8, the code of the first of two elements in the low half, and
-        [..., hidden / group_size] in uint8, or what `layout` makes of that: 127 for a scale of 1. Both are contiguous.
-        A group with NaN has the exponent 255, and codes that say nothing.
+        (q, exponent): [..., hidden / 2] in uint8, with the code of the first of two elements in the low half, and
+        [..., hidden / group_size] in uint8, in the shape that `layout` gives it; 127 stands for a scale of 1. Both are
+        contiguous. A group with NaN has the exponent 255 and meaningless codes.
 
     Raises:
-        ValueError: `scaling` isn't one of `MxScaling`, or `layout` is another one.
+        ValueError: `scaling` isn't one of `MxScaling`, or `layout` isn't supported.
         RuntimeError: `group_size` doesn't divide hidden, or hidden is odd.
     """
     groups = x.to(compute_dtype(x.dtype)).unflatten(-1, (-1, group_size))
@@ -73,13 +73,13 @@ def fake(x: Tensor, group_size: int, scaling: str, layout: str) -> tuple[Tensor,
 
 
 def decode(codes: Tensor, exponents: Tensor, group_size: int, scaling: str, layout: str) -> Decoded:
-    """What both stand for."""
+    """The numbers that codes and exponents encode."""
     rows, groups = codes.numel() // codes.shape[-1], 2 * codes.shape[-1] // group_size
     return decoded(exponents, rows, groups, layout, numbers_of, E2M1.most)
 
 
 def _sample_arguments(device: torch.device) -> tuple[Any, ...]:
-    """All but x."""
+    """All arguments except x."""
     return GROUP, MxScaling.FLOOR.value, ScaleLayout.ROWS.value
 
 
@@ -121,11 +121,11 @@ def raise_mx(canonical: CanonicalGraph) -> None:
 
 TOPS = {2: "MXFP6 (e2m3), or e2m1 that is converted in another way"}
 LARGEST = {MOST: "e2m1 that is converted in another way"}
-"""What it, and formats near it, subtract from the largest element's exponent, or divide it by."""
+"""MXFP4 and similar formats, by the number subtracted from the largest element's exponent, and by its divisor."""
 
 
 class MxFp4(Fp4Codes):
-    """It at a site."""
+    """The quantisation at a site."""
 
     name, eager_kernels, scale_bytes = "mx_fp4_quant", 49, 1
 

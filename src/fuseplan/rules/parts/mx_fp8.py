@@ -1,9 +1,9 @@
-"""MXFP8: fp8 codes of groups of a row whose scales are powers of two, kept as their exponents in bytes (E8M0).
+"""MXFP8: fp8 codes of groups of a row, with powers of two as scales, stored as exponents in bytes (E8M0).
 
-    exponent, scaled = those of `microscaled`
+    exponent, scaled = see `microscaled`
     q = convert(scaled, fp8)
 
-as torchao's `to_mx` leaves them, whose conversion to fp8 saturates.
+as in torchao's `to_mx`, where the conversion to fp8 saturates.
 """
 
 from collections.abc import Iterator
@@ -47,25 +47,25 @@ FORMATS = {
     torch.float8_e4m3fn: Format(most=448.0, digits=3),
     torch.float8_e5m2: Format(most=57344.0, digits=2),
 }
-"""By the dtype of codes."""
+"""Formats by the dtype of codes."""
 
 
 def reference(x: Tensor, group_size: int, dtype: torch.dtype, scaling: str, layout: str) -> tuple[Tensor, Tensor]:
-    """exponent = the biased one of a power of two by each group's largest element;  q = clamp(x / 2^exponent).to(fp8)
+    """exponent = biased power of two from each group's largest element;  q = clamp(x / 2^exponent).to(fp8)
 
     Args:
         x: [..., hidden].
         group_size: elements of a group; it divides hidden.
         dtype: float8_e4m3fn or float8_e5m2.
         scaling: one of `MxScaling`.
-        layout: of the exponents: `ScaleLayout.ROWS` or `ScaleLayout.SWIZZLED`.
+        layout: layout of the exponents, `ScaleLayout.ROWS` or `ScaleLayout.SWIZZLED`.
 
     Returns:
-        (q, exponent): [..., hidden] in `dtype`, [..., hidden / group_size] in uint8, or what `layout` makes of that:
-        127 for a scale of 1. Both are contiguous. A group with NaN has the exponent 255.
+        (q, exponent): [..., hidden] in `dtype`, and [..., hidden / group_size] in uint8, in the shape that `layout`
+        gives it; 127 stands for a scale of 1. Both are contiguous. A group with NaN has the exponent 255.
 
     Raises:
-        ValueError: `scaling` isn't one of `MxScaling`, or `layout` is another one.
+        ValueError: `scaling` isn't one of `MxScaling`, or `layout` isn't supported.
         RuntimeError: `group_size` doesn't divide hidden.
     """
     groups = x.to(compute_dtype(x.dtype)).unflatten(-1, (-1, group_size))
@@ -82,13 +82,13 @@ def fake(x: Tensor, group_size: int, dtype: torch.dtype, scaling: str, layout: s
 def decode(
     codes: Tensor, exponents: Tensor, group_size: int, dtype: torch.dtype, scaling: str, layout: str
 ) -> Decoded:  # fmt: skip
-    """What both stand for."""
+    """The numbers that codes and exponents encode."""
     width = codes.shape[-1]
     return decoded(exponents, codes.numel() // width, width // group_size, layout, Tensor.double, FORMATS[dtype].most)
 
 
 def _sample_arguments(device: torch.device) -> tuple[Any, ...]:
-    """All but x."""
+    """All arguments except x."""
     return GROUP, torch.float8_e4m3fn, MxScaling.FLOOR.value, ScaleLayout.ROWS.value
 
 
@@ -136,23 +136,23 @@ def raise_mx(canonical: CanonicalGraph) -> None:
 
 
 def _unclamped(cast: Call) -> tuple[fx.Node, bool]:
-    """(x, whether it is clamped) of what is cast, clamped to what codes hold or not."""
+    """(x, whether it is clamped to the range of the codes), from the operand of a cast."""
     most = FORMATS[cast.args[1]].most
     found = all_fit(cast.args[0], (aten.clamp_max.default, (aten.clamp_min.default, "x", -most), most), {})
     return (found["x"], True) if found is not None else (cast.all_input_nodes[0], False)
 
 
 def _beyond(cast: Call) -> Unraised:
-    """What is scaled may be infinite or, by `floor`, up to 65536."""
+    """The error for a missing clamp. Scaled values may be infinite or, by `floor`, up to 65536."""
     detail = (
-        "what is cast isn't clamped: torch makes infinity of what is beyond float8_e5m2, and its kernels for GPUs the "
+        "the value cast isn't clamped: beyond the range of float8_e5m2, torch yields infinity, and its GPU kernels the "
         "largest code"
     )
     return Unraised(Reason.ROUNDING, detail, cast, "clamp it to +-57344")
 
 
 def _tell_other_exponents(canonical: CanonicalGraph, cast: Call) -> None:
-    """Notes codes by powers of two that are kept as bytes, where these are computed as compressed-tensors does."""
+    """Records codes whose scales are stored as bytes but computed in compressed-tensors' way."""
     quotient = next((node for node in behind(cast) if is_call(node, aten.div.Tensor)), None)
     power = next((node for node in behind(quotient.args[1]) if is_power(node)), None) if quotient is not None else None
     if quotient is None or power is None or not any(dtype_of(node) is torch.uint8 for node in behind(power)):
@@ -166,7 +166,7 @@ def _tell_other_exponents(canonical: CanonicalGraph, cast: Call) -> None:
 
 TOPS = {4: "MXFP6 (e3m2)"}
 LARGEST = {7.5: "MXFP6 (e2m3)", 28.0: "MXFP6 (e3m2)"}
-"""What formats that no op has subtract from the largest element's exponent, or divide it by."""
+"""Formats without an op, by the number that they subtract from the largest element's exponent, and by its divisor."""
 
 
 def _casts(canonical: CanonicalGraph) -> Iterator[Call]:
@@ -174,7 +174,7 @@ def _casts(canonical: CanonicalGraph) -> Iterator[Call]:
 
 
 class MxFp8(GroupCodes):
-    """It at a site."""
+    """The quantisation at a site."""
 
     name, eager_kernels, scale_bytes = "mx_fp8_quant", 31, 1
 

@@ -1,11 +1,11 @@
-"""NVFP4: e2m1 codes, two a byte, of groups of a row whose scales are fp8, by a global scale or none.
+"""NVFP4: e2m1 codes, two a byte, of groups of a row, with scales in fp8 and optionally a global scale.
 
     s = convert(clamp(amax(|x|) / 6 [/ global_scale], min_scale, 448), float8_e4m3fn), of each group
     q = e2m1(clamp(x * (1 / s), -6, 6))                                        without a global scale
       | e2m1(clamp(x * ((1 / global_scale) / s), -6, 6))
     byte = q[0::2] | q[1::2] << 4
 
-as torchao's `nvfp4_quantize` leaves them: see `fp4` for the conversion.
+as in torchao's `nvfp4_quantize`; see `fp4` for the conversion.
 """
 
 from collections.abc import Mapping
@@ -52,18 +52,18 @@ def reference(
     Args:
         x: [..., hidden].
         group_size: elements of a group; it divides hidden.
-        global_scale: one element, float32; None: there is none, and x is multiplied by 1 / scale.
+        global_scale: one element, float32; None: no global scale, x is multiplied by 1 / scale.
         min_scale: the smallest scale; without one, a group of zeros divides by zero.
-        layout: of the scales: `ScaleLayout.ROWS` or `ScaleLayout.SWIZZLED`.
+        layout: layout of the scales, `ScaleLayout.ROWS` or `ScaleLayout.SWIZZLED`.
 
     Returns:
-        (q, scale): [..., hidden / 2] in uint8, the code of the first of two elements in the low half, and
-        [..., hidden / group_size] in float8_e4m3fn, or what `layout` makes of that. Both are contiguous. A group with
-        NaN has NaN for a scale, and codes that say nothing.
+        (q, scale): [..., hidden / 2] in uint8, with the code of the first of two elements in the low half, and
+        [..., hidden / group_size] in float8_e4m3fn, in the shape that `layout` gives it. Both are contiguous. A group
+        with NaN has NaN as its scale and meaningless codes.
 
     Raises:
         RuntimeError: `group_size` doesn't divide hidden, or hidden is odd.
-        ValueError: `layout` is another one.
+        ValueError: `layout` isn't supported.
     """
     if layout not in (ScaleLayout.ROWS, ScaleLayout.SWIZZLED):
         raise ValueError(f"scales of NVFP4 lie in 'rows' or 'swizzled', not in '{layout}'")
@@ -91,7 +91,7 @@ def fake(
 def decode(
     codes: Tensor, scales: Tensor, group_size: int, global_scale: Tensor | None, min_scale: float, layout: str
 ) -> Decoded:
-    """What both stand for."""
+    """The numbers that codes and scales encode."""
     rows, groups = codes.numel() // codes.shape[-1], 2 * codes.shape[-1] // group_size
     own = in_rows(scales, rows, groups, layout).contiguous()
     whole = 1.0 if global_scale is None else global_scale.double()
@@ -102,7 +102,7 @@ LEAST = torch.finfo(SCALE).tiny
 
 
 def _sample_arguments(device: torch.device) -> tuple[Any, ...]:
-    """All but x."""
+    """All arguments except x."""
     return GROUP, torch.full((), 0.02, device=device), LEAST, ScaleLayout.ROWS.value
 
 
@@ -164,7 +164,7 @@ def raise_nv(canonical: CanonicalGraph) -> None:
     tell_simulated(canonical, per_token_nv_fp4_quant, "NVFP4", _is_scale_of_fp4)
     for cast in canonical.calls(convert_element_type):
         places = [*products(cast), cast]
-        if _is_scale_of_fp4(cast) and not any(each in canonical.unraised for each in places):  # by what is more like it
+        if _is_scale_of_fp4(cast) and not any(each in canonical.unraised for each in places):
             near = Unraised(Reason.OP, "codes in e2m1, or their scales, are computed in another way", cast)
             near.tell(canonical, per_token_nv_fp4_quant, "NVFP4 quantisation", at=places, place=cast)
 
@@ -191,7 +191,7 @@ def _check_global(scale: fx.Node, rows: fx.Node) -> None:
     value, x = tensor_of(scale), tensor_of(rows)
     assert value is not None and x is not None
     if value.device != x.device:
-        detail = f"the global scale is on {value.device}, and what it scales on {x.device}"
+        detail = f"the global scale is on {value.device}, and the tensor it scales on {x.device}"
         raise Unraised(Reason.LAYOUT, detail, scale, f"move the scale to {x.device}")
     if value.dtype is not torch.float32 or not equal_size(value.numel(), 1):
         detail = f"the global scale is {dtype_name(scale)}{[*value.shape]}, and the op's is one element in float32"
@@ -214,7 +214,7 @@ def _depends(node: fx.Node, on: object) -> bool:
 
 
 def _is_scale_of_fp4(cast: fx.Node) -> bool:
-    """Whether a cast to fp8 yields what the largest of a group is of the largest code in e2m1."""
+    """Whether a cast to fp8 yields the quotient of a group's largest element and the largest e2m1 value."""
     if not is_call(cast, convert_element_type) or cast.args[1] is not SCALE:
         return False
     quotients = (node for node in behind(cast) if is_call(node, aten.div.Tensor) and number_of(node.args[1]) == MOST)
@@ -222,15 +222,15 @@ def _is_scale_of_fp4(cast: fx.Node) -> bool:
 
 
 def _refuse_vllm(canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any]) -> None:
-    """`_C::scaled_fp4_quant(input, input_scale, is_sf_swizzled_layout, output!, output_scale!)`: it multiplies by what
-    `rcp.approx.ftz` yields, which no other device computes to the last bit.
+    """`_C::scaled_fp4_quant(input, input_scale, is_sf_swizzled_layout, output!, output_scale!)`: it multiplies by the
+    result of `rcp.approx.ftz`, which no other device computes to the last bit.
     """
     detail = "vLLM's kernel multiplies by approximate reciprocals, and the op divides, which gives other scales"
     raise Unraised(Reason.ROUNDING, detail, node)
 
 
 class NvFp4(Fp4Codes):
-    """It at a site."""
+    """The quantisation at a site."""
 
     name, eager_kernels, scale_bytes = "nv_fp4_quant", 49, 1
 

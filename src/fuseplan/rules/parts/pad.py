@@ -1,4 +1,4 @@
-"""Zero padding of the last dimension, which kernels for experts ask of their activations."""
+"""Zero padding of the last dimension, which kernels for experts require of their activations."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,10 +65,10 @@ def raise_pads(canonical: CanonicalGraph) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Padding(Tail):
-    """A pad at a site. Eager PyTorch fills the whole output, and copies into a part of it.
+    """A pad at a site. Eager PyTorch fills the whole output, then copies into a part of it.
 
     Attributes:
-        padded: width after it.
+        padded: width after the pad.
     """
 
     padded: int
@@ -77,7 +77,7 @@ class Padding(Tail):
 
     @classmethod
     def stands_alone(cls, core: Middle) -> bool:
-        """Behind any core."""
+        """True behind any core."""
         return True
 
     def text(self, width: int) -> str:
@@ -89,7 +89,7 @@ class Padding(Tail):
         return self.padded >= width
 
     def result_bytes(self, region: Region) -> int:
-        """The padded rows."""
+        """Bytes of the padded rows."""
         return region.tokens * self.padded * region.itemsize
 
     def alone(self, clock: Clock, region: Region) -> tuple[Kernel, ...]:
@@ -99,7 +99,7 @@ class Padding(Tail):
         return (clock.local("fill_", region.result_bytes), clock.strided_copy(2 * region.row_bytes))
 
     def eager(self, clock: Clock, region: Region) -> tuple[Kernel, ...]:
-        """The same two."""
+        """The same two kernels."""
         return self.alone(clock, region)
 
 
@@ -117,7 +117,7 @@ KEEPS_ZERO = (
     *SCALES, convert_element_type, aten.abs.default, aten.gelu.default, aten.neg.default, aten.relu.default,
     aten.sign.default, aten.silu.default, aten.sin.default, aten.sqrt.default, aten.tanh.default,
 )  # fmt: skip
-"""Ops of one tensor, and at most one number, that yield zero for zero: they commute with a pad by zeros."""
+"""Ops on one tensor and at most one number that map zero to zero, so they commute with a pad by zeros."""
 
 
 def _hint(node: fx.Node, goal: fx.Node, consumer: fx.Node) -> str | None:

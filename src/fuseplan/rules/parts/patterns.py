@@ -1,4 +1,4 @@
-"""Patterns of aten calls: what a value is compared with where libraries spell a conversion in many integer ops."""
+"""Patterns of aten calls, to match conversions that libraries spell in many integer ops."""
 
 import math
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ from fuseplan.graph.facts import aten, convert_element_type, fill_of, is_call
 from fuseplan.rules.parts.fp8 import number_of, reordered
 
 Pattern = Any
-"""The name of a value, which is the same one wherever it stands; a number, or `float` for any; or an op, or a dtype to
-which is cast, with patterns of its arguments. Views that keep the order of elements may stand anywhere.
+"""A name, which binds to one value throughout; a number, or `float` for any number; or an op, or the target dtype of a
+cast, followed by patterns of its arguments. Views that keep the order of elements may appear anywhere.
 """
 Found = dict[str, fx.Node]
 """Values by their names."""
@@ -20,12 +20,12 @@ U8, I32, F32 = torch.uint8, torch.int32, torch.float32
 
 
 def bits_of(value: Pattern) -> Pattern:
-    """Those of float32, as an integer."""
+    """The bits of a float32 value, as an integer."""
     return (aten.view.dtype, value, I32)
 
 
 def fits(value: object, pattern: Pattern, found: Found) -> bool:
-    """Whether a value is what a pattern says, given the values that have names so far; it adds to these."""
+    """Whether a value matches a pattern, given the names bound so far; binds further names."""
     if isinstance(pattern, str):
         return isinstance(value, fx.Node) and found.setdefault(pattern, value) is value
     if pattern is float:
@@ -45,12 +45,12 @@ def fits(value: object, pattern: Pattern, found: Found) -> bool:
 
 
 def all_fit(value: object, pattern: Pattern, named: Mapping[str, Pattern]) -> Found | None:
-    """The named values of a value that fits, each of which fits what stands for its name.
+    """The bindings of a match: the value fits the pattern, and each named value fits the pattern of its name.
 
     Args:
-        value: it.
-        pattern: what it is.
-        named: what named values are, in an order in which each is known before it is read.
+        value: the value to match.
+        pattern: its pattern.
+        named: patterns by name, ordered so that each name is bound before its pattern is matched.
     """
     found: Found = {}
     is_found = fits(value, pattern, found) and all(

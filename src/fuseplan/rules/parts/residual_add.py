@@ -1,6 +1,6 @@
 """The residual add before a norm.
 
-An op that normalises has it built in, since one convention says where both round: `fused_add_rms_norm`.
+Norms have it built in, as in `fused_add_rms_norm`, since one convention covers the rounding of both.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def reference(x: Tensor, residual: Tensor, rounding: Rounding, wide: torch.dtype
         wide: the dtype of arithmetic.
 
     Returns:
-        (sum, residual_out): the sum in `wide` as a norm reads it, and as it is yielded.
+        (sum, residual_out): the sum in `wide` for the norm, and the sum to yield.
     """
     total = x.to(wide) + residual.to(wide)
     residual_out = total.to(x.dtype) if rounding.rounds_residual else total
@@ -32,7 +32,7 @@ def reference(x: Tensor, residual: Tensor, rounding: Rounding, wide: torch.dtype
 
 
 def _without(way: Sequence[fx.Node], goal: fx.Node) -> list[fx.Node]:
-    """The obstacles without the residual add, of which `goal` is one addend."""
+    """The obstacles without a residual add that has `goal` as one addend, and without the casts around it."""
     read = {goal, *(node for node in way if is_call(node, convert_element_type) and node.args[0] is goal)}
     adds = {node for node in way if _is_residual_add(node) and not read.isdisjoint(node.all_input_nodes)}
     around = {node for node in way if is_call(node, convert_element_type) and (node.args[0] in adds or node in read)}
@@ -46,7 +46,7 @@ def _is_residual_add(node: fx.Node) -> bool:
 
 
 def _unfit(add: fx.Node) -> tuple[Reason, str] | None:
-    """Why an addition isn't the residual add that the rule would take along, or None where nothing is known."""
+    """Why an addition isn't a residual add that the rule would take along; None where no reason is known."""
     left, right = add.args
     if add.kwargs:
         return Reason.ATTRIBUTE, f": it adds {add.kwargs['alpha']} times one of the two"

@@ -1,4 +1,4 @@
-"""How graphs lay scales out in memory: what copies a matrix [rows, groups] column by column, padded or packed.
+"""Memory layouts of scales in graphs: copies of a matrix [rows, groups] column by column, padded or packed.
 
 columns  permute(clone(permute(s)))
 aligned  slice(slice_scatter(t, copy(slice(t), s))), t = permute(empty), as DeepGEMM's helper in plain torch
@@ -33,13 +33,13 @@ NEW = (aten.empty.memory_format, aten.full.default)
 
 
 def layout_of(scale: fx.Node, scaling: Scaling, rows: fx.Node, groups: Any) -> tuple[ScaleLayout, fx.Node]:
-    """How the scales lie that are read beside those that x is scaled by, and the node that holds them so.
+    """The layout of the scales that are results, beside those that scale x, and the node that holds them in it.
 
     Args:
-        scale: the node that holds them before.
-        scaling: what they scale.
-        rows: of which they are.
-        groups: of a row.
+        scale: the node that holds the scales in rows.
+        scaling: the scaling by them.
+        rows: the rows that they scale.
+        groups: number of groups of a row.
     """
     x = tensor_of(rows)
     assert x is not None
@@ -61,14 +61,14 @@ def layout_of(scale: fx.Node, scaling: Scaling, rows: fx.Node, groups: Any) -> t
 
 
 def swizzled(scale: fx.Node, rows: fx.Node, groups: Any) -> fx.Node | None:
-    """The node that holds scales of rows as `ScaleLayout.SWIZZLED` does, of the node that holds them in rows."""
+    """The node that holds scales in the layout `ScaleLayout.SWIZZLED`, given the node that holds them in rows."""
     x, value = tensor_of(rows), tensor_of(scale)
     assert x is not None and value is not None
     wanted = empty_scales(x, groups, value.dtype, ScaleLayout.SWIZZLED)
     down, along = wanted.shape[0] // SWIZZLED_ROWS, wanted.shape[1] // (TILE_ROWS // SWIZZLED_ROWS * TILE_GROUPS)
     views = list(_views_ahead(scale))
     starts = {user for view in views for user in view.users} - set(views)
-    starts -= {user for user in starts if is_call(user, convert_element_type)}  # to what groups are scaled by
+    starts -= {user for user in starts if is_call(user, convert_element_type)}  # towards the factor of the groups
     if len(starts) != 1:
         return None
     (start,) = starts
@@ -88,7 +88,7 @@ def swizzled(scale: fx.Node, rows: fx.Node, groups: Any) -> fx.Node | None:
             return None
         view = _only(node, *RESHAPES)
         node = _only(view, aten.permute.default)
-    # What is read may be flat, or have a dimension for tiles, as `to_blocked` has it.
+    # The result may be flat, or keep a dimension for tiles, as in `to_blocked`.
     last: fx.Node | None = view
     while last is not None and not equal_shape(tensor_of(last), wanted):
         last = _only(last, *ORDER_KEEPING)
@@ -96,7 +96,7 @@ def swizzled(scale: fx.Node, rows: fx.Node, groups: Any) -> fx.Node | None:
 
 
 def _in_zeros(start: fx.Node, groups: Any) -> fx.Node | None:
-    """New memory of which the first rows and columns are written to by a copy, or by what puts all of them there."""
+    """New memory of zeros, behind a copy into its first rows and columns, or behind a single scatter into these."""
     source = tensor_of(start.args[1]) if len(start.args) > 1 else None
     if source is None or source.dim() != 2 or not equal_size(source.shape[1], groups):
         return None
@@ -111,7 +111,7 @@ def _is_zeros(node: object) -> bool:
 
 
 def _views_ahead(node: fx.Node) -> Iterator[fx.Node]:
-    """A node, and all that is a view of it and keeps the order of its elements."""
+    """A node, and all views of it that keep the order of its elements."""
     yield node
     for user in node.users:
         if is_call(user, *ORDER_KEEPING):
@@ -119,7 +119,7 @@ def _views_ahead(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _back(node: fx.Node, first: fx.Node) -> Iterator[fx.Node]:
-    """What leads from a node to another."""
+    """The nodes from one node back to another."""
     while node is not first and node.all_input_nodes:
         yield node
         node = node.all_input_nodes[0]
@@ -132,7 +132,7 @@ def _lies(node: fx.Node, like: torch.Tensor) -> bool:
 
 
 def _only(node: fx.Node | None, *targets: Any) -> Call | None:
-    """The one user of a node, where it calls one of some ops."""
+    """The only user of a node, if it calls one of the ops."""
     user = next(iter(node.users)) if node is not None and len(node.users) == 1 else None
     return user if is_call(user, *targets) else None
 
@@ -152,7 +152,7 @@ def _swaps(node: object) -> bool:
 
 
 def _columns(start: fx.Node) -> fx.Node | None:
-    """The clone may be gone by then: how its value lies is known of what is a view of it."""
+    """Finds the copy by the strides of a view of it: the clone itself may have been removed."""
     if not _swaps(start):
         return None
     clone = _only(start, aten.clone.default)
@@ -161,13 +161,13 @@ def _columns(start: fx.Node) -> fx.Node | None:
 
 
 def _aligned(start: fx.Node) -> fx.Node | None:
-    """`start` copies into memory that is laid out in columns, or into its first rows."""
+    """`start` copies into memory in column layout, or into its first rows."""
     moved = _written(start)
     return _first_rows(moved) if moved is not None else None
 
 
 def _written(copy: fx.Node | None) -> fx.Node | None:
-    """All of the new memory, from a copy into its first rows and columns on."""
+    """The whole of the new memory behind a copy into its first rows and columns."""
     if not is_call(copy, aten.copy.default) or not _is_new(copy.args[0]):
         return None
     whole: fx.Node = copy
@@ -180,7 +180,7 @@ def _written(copy: fx.Node | None) -> fx.Node | None:
 
 
 def _is_new(node: object) -> bool:
-    """Whether it is new memory of zeros or of anything, or a part of it from the first row on."""
+    """Whether it is new memory, uninitialised or of zeros, or a part of it that starts at the first row."""
     while (
         is_call(node, *ORDER_KEEPING) or _swaps(node)
         or (is_call(node, aten.slice.Tensor) and _is_first(node.args[1:]))
@@ -191,13 +191,13 @@ def _is_new(node: object) -> bool:
 
 
 def _is_first(place: Sequence[Any]) -> bool:
-    """Whether a slice's (dim, start, end, step) is from the first element on, without gaps."""
+    """Whether a slice (dim, start, end, step) starts at the first element and has no gaps."""
     given = dict(zip(("dim", "start", "end", "step"), place, strict=False))
     return given.get("start") == 0 and given.get("step", 1) == 1
 
 
 def _first_rows(node: fx.Node) -> fx.Node | None:
-    """A value from its first row on, without further dimensions of one element; how many rows it has is seen later."""
+    """A value's first rows, without further dimensions of one element; their number is checked later."""
     part = _only(node, aten.slice.Tensor)
     if part is not None and not _is_first(part.args[1:]):
         return None
@@ -207,7 +207,7 @@ def _first_rows(node: fx.Node) -> fx.Node | None:
 
 
 def _packed(start: fx.Node) -> fx.Node | None:
-    """`start` views float32 as integers, whose exponents are then bytes."""
+    """`start` views float32 as integers; the exponents are then stored as bytes."""
     if not is_call(start, aten.view.dtype) or start.args[1] is not torch.int32:
         return None
     shifted = _only(start, aten.__rshift__.Scalar, aten.bitwise_right_shift.Tensor_Scalar)

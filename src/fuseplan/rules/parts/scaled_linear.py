@@ -1,10 +1,10 @@
-"""Linear layers whose rows and weights are codes in fp8 with a scale of each row, and those that read one input.
+"""Linear layers on fp8 codes: rows and weights each have a scale a row. Layers that read one input become one op.
 
 y = _scaled_mm(codes, permute(weight), scale, view(weight_scale), bias, None, bfloat16, use_fast_accum)
 _C.cutlass_scaled_mm(y, codes, weight, scale, weight_scale, bias)
 
-The second is vLLM's, whose weights [width, features] lie as rows of features do, with a scale of each or one of all.
-Its kernels for Hopper let tensor cores add up products without float32's help (0.22 to 0.33,
+The second is vLLM's: its weights [width, features] are stored feature by feature, with a scale a feature or one for
+all. Its kernels for Hopper let tensor cores accumulate without float32's help (0.22 to 0.33,
 `csrc/quantization/w8a8/cutlass/c3x/scaled_mm_sm90_fp8_dispatch.cuh`).
 """
 
@@ -39,14 +39,14 @@ from fuseplan.rules.parts.traffic import Kernel, Middle
 CODES = torch.float8_e4m3fn
 CUTLASS = "_C::cutlass_scaled_mm"
 RESULT = torch.bfloat16
-"""The one dtype of results of scales of rows in torch."""
+"""The only result dtype that torch has for row-wise scales."""
 ERROR_FACTOR = 4.0
-"""Tensor cores add products of fp8 up to some 14 bits, which the reference's float32 doesn't show."""
+"""Tensor cores accumulate products of fp8 to some 14 bits; the reference accumulates in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layers:
-    """The arguments of an op of some layers.
+    """The arguments of an op for one or several layers.
 
     Attributes:
         x: [..., width], codes.
@@ -54,7 +54,7 @@ class Layers:
         weights: [features_i, width], codes.
         scales: [1, features_i], float32, or [1, 1], of all features.
         biases: [features_i], bfloat16, or None.
-        use_fast_accum: whether tensor cores may add up products without float32's help.
+        use_fast_accum: whether tensor cores may accumulate without float32's help.
     """
 
     x: Any
@@ -66,7 +66,7 @@ class Layers:
 
     @classmethod
     def of(cls, arguments: Sequence[Any]) -> "Layers":
-        """Of an op's arguments."""
+        """Splits an op's arguments."""
         x, x_scale, *rest, use_fast_accum = arguments
         count = len(rest) // 3
         return cls(
@@ -76,7 +76,7 @@ class Layers:
 
 
 def parameters_of(count: int) -> str:
-    """The arguments of so many layers, as they stand in a schema."""
+    """The arguments of this many layers, in the syntax of a schema."""
     each = [
         f"{kind}{index}" for kind in ("Tensor weight", "Tensor weight_scale", "Tensor? bias") for index in range(count)
     ]
@@ -88,12 +88,11 @@ def scaled_linears_reference(*arguments: Any) -> Any:
 
     Args:
         arguments: x [..., width] in float8_e4m3fn, x_scale [..., 1] in float32, then the weights [features_i, width] in
-            float8_e4m3fn, as many scales of theirs [1, features_i] or [1, 1] in float32, as many biases [features_i] in
-            bfloat16 or None, and whether tensor cores may add up products without float32's help, which changes nothing
-            here.
+            float8_e4m3fn, their scales [1, features_i] or [1, 1] in float32, their biases [features_i] in bfloat16 or
+            None, and whether tensor cores may accumulate without float32's help, which changes nothing here.
 
     Returns:
-        [..., features_i] in bfloat16 of each layer (float64 for float64 scales); of a single one not in a tuple.
+        [..., features_i] of each layer in bfloat16 (float64 for float64 scales); for a single layer not in a tuple.
     """
     layers = Layers.of(arguments)
     dtype = layers.x_scale.dtype
@@ -123,13 +122,13 @@ def draw_codes(shape: tuple[int, ...], device: torch.device, generator: torch.Ge
 
 
 def draws_of(count: int) -> dict[str, Any]:
-    """How the arguments of so many layers are drawn."""
+    """How to draw the arguments of this many layers."""
     weights = {f"weight{index}": draw_codes for index in range(count)}
     return {**weights, "x_scale": draw_positive, **{f"weight_scale{index}": draw_positive for index in range(count)}}
 
 
 def samples_of(count: int) -> list[Sample]:
-    """Arguments of so many layers."""
+    """Samples of this many layers."""
     return [
         _sample((1, 96), (64, 32, 16)[:count], biased=False),
         _sample((2, 5, 160), (48, 80, 33)[:count], biased=True),
@@ -142,7 +141,7 @@ def samples_of(count: int) -> list[Sample]:
 def _sample(
     shape: tuple[int, ...], features: tuple[int, ...], *, biased: bool, use_fast_accum: bool = True, in_all: int = 0
 ) -> Sample:
-    """Layers of which the first `in_all` have one scale in all."""
+    """A sample in which each of the first `in_all` layers has a single scale."""
 
     def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
         cpu = torch.device("cpu")
@@ -188,9 +187,9 @@ class _Layer:
         rows: the codes that it reads, [rows, width].
         scale: their scales, [rows, 1].
         weight: [features, width], an input of the graph.
-        weight_scale: [1, features], a view of one.
-        bias: likewise [features], or None.
-        use_fast_accum: as of the call.
+        weight_scale: [1, features], a view of an input of the graph.
+        bias: [features], an input of the graph, or None.
+        use_fast_accum: the call's argument.
     """
 
     product: fx.Node
@@ -203,7 +202,7 @@ class _Layer:
 
     @property
     def reads(self) -> tuple[Any, ...]:
-        """What layers have in common that can be one op: several may each have views of their own of one input."""
+        """A key that layers for one op have in common; it looks through views, as layers may have separate ones."""
         return _viewed(self.rows), _viewed(self.scale), exact(_size(self.rows, 1)), self.use_fast_accum
 
 
@@ -216,7 +215,7 @@ def raise_scaled_linears(canonical: CanonicalGraph) -> None:
             groups.setdefault((*layer.reads, canonical.region[node]), []).append(node)
     for products in groups.values():
         for few in shared_out(products):
-            # Read again: what the group reads may have been another one's result.
+            # Read again: the group's inputs may have been results of a group raised before.
             _raise(canonical, [layer for product in few if (layer := _read(product)) is not None])
     for node in canonical.calls(*filter(is_engines, targets_of(canonical.graph))):
         op = engine_op(node)
@@ -245,7 +244,7 @@ def _read(node: Call) -> _Layer | None:
 
 
 def _read_engines(canonical: CanonicalGraph, node: Call, given: Mapping[str, Any]) -> _Layer | None:
-    """A call of vLLM's, whose only result is what it writes."""
+    """The layer of a vLLM call, which writes its result into an argument."""
     rows, weight, scale, weight_scale, bias = (given[name] for name in ("a", "b", "a_scales", "b_scales", "bias"))
     result, features, own = item(node, 1), _size(weight, 1), tensor_of(weight_scale)
     if result is None or len(node.users) != 1 or not is_input(weight) or not is_input(weight_scale):
@@ -264,10 +263,10 @@ def _read_engines(canonical: CanonicalGraph, node: Call, given: Mapping[str, Any
     count = 1 if equal_size(own.numel(), 1) else features
     if not equal_size(own.numel(), count):
         return None
-    turned = canonical.insert_before(node, aten.permute.default, (weight, [1, 0]), held.t())
+    transposed = canonical.insert_before(node, aten.permute.default, (weight, [1, 0]), held.t())
     row = canonical.insert_before(node, aten.reshape.default, (weight_scale, [1, count]), own.reshape(1, count))
     return _Layer(
-        product=result, rows=rows, scale=scale, weight=turned, weight_scale=row, bias=bias, use_fast_accum=True
+        product=result, rows=rows, scale=scale, weight=transposed, weight_scale=row, bias=bias, use_fast_accum=True
     )
 
 
@@ -289,14 +288,14 @@ def _size(node: object, dim: int) -> Any:
 
 
 def _viewed(node: Any) -> Any:
-    """What a value is a view of that has all its elements in their order."""
+    """The value at the base of a chain of views that keep all elements in their order."""
     while is_call(node, *ORDER_KEEPING) or (is_call(node, aten.permute.default) and _is_line(node)):
         node = node.args[0]
     return node
 
 
 def _is_line(node: fx.Node) -> bool:
-    """Whether a value is one row or one column, of which a permutation changes no order."""
+    """Whether a value is one row or one column, so that a permutation keeps the order of its elements."""
     value = tensor_of(node)
     return value is not None and value.dim() == 2 and any(equal_size(size, 1) for size in value.shape)
 
@@ -310,12 +309,12 @@ def _raise(canonical: CanonicalGraph, layers: Sequence[_Layer]) -> None:
     canonical.raise_op(SCALED_LINEARS[len(layers) - 1], tuple(args), [each.product for each in layers])
 
 
-# What they cost.
+# Prices.
 
 
 def library_kernels(hardware: Hardware, region: LinearRegion) -> tuple[Kernel, ...]:
     """A product by torch for each layer: latency + max(bytes / bandwidth, width * column). Its kernels have tiles of
-    128 x 128, each of which one processor goes through alone.
+    128 x 128, and a single processor goes through each.
     """
     column = region.width * hardware.linear.scaled_column.value
     latency = hardware.linear.scaled_library.value
@@ -323,12 +322,12 @@ def library_kernels(hardware: Hardware, region: LinearRegion) -> tuple[Kernel, .
 
 
 def skinny_kernel(hardware: Hardware, region: LinearRegion) -> Kernel:
-    """One kernel for all of them, which reads the weights as fast as memory yields them."""
+    """One kernel for all layers, which reads the weights at memory bandwidth."""
     return _kernel(hardware, region, region.features, "skinny", hardware.linear.scaled.value)
 
 
 def reference_kernels(hardware: Hardware, region: LinearRegion) -> tuple[Kernel, ...]:
-    """The reference: the weights in float32, and a product of these."""
+    """The kernels of the reference: a cast of the weights to float32, and the product."""
     launch, wide = round(hardware.launch.value), 5 + 4
     nbytes = wide * region.width * sum(region.features)
     return (
@@ -343,7 +342,7 @@ def _kernel(
 ) -> Kernel:  # fmt: skip
     codes = region.width * (region.rows + sum(features))
     nbytes = codes * region.itemsize + region.rows * sum(features) * RESULT.itemsize
-    # Weights don't stay in a cache: a model reads all others before it reads them again.
+    # Weights don't stay in the L2 cache: a model reads all the others before it reads them again.
     memory = max(nbytes / hardware.memory_bandwidth.value, least)
     return Kernel(name=f"scaled {kind}", launch=round(latency), memory=round(memory), kind=kind)
 

@@ -164,7 +164,7 @@ PART = Core(
     name="silu_and_mul",
     ops=(silu_and_mul,),
     raising=((Stage.CORES, raise_silu_and_mul),),
-    reported=Reported.NEVER,  # a SiLU alone is an activation like others
+    reported=Reported.NEVER,  # a SiLU without a product is an ordinary activation
     traffic=Middle(name="silu_and_mul", inputs=2, eager_kernels=7),
     result="activation",
 )

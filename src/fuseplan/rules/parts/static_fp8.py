@@ -60,7 +60,7 @@ static_scaled_fp8_quant = define(
 
 
 def raise_static(canonical: CanonicalGraph) -> None:
-    """Raises every quantisation by a given scale, and says of what is no quantisation why."""
+    """Raises every quantisation by a given scale, and records why lookalikes aren't quantisations."""
     for cast, found in scalings(canonical):
         try:
             if isinstance(found, Unraised):
@@ -68,7 +68,7 @@ def raise_static(canonical: CanonicalGraph) -> None:
             if is_given(found):
                 _raise(canonical, found)
         except Unraised as refused:
-            if cast in canonical.unraised:  # by what is more like it
+            if cast in canonical.unraised:  # a closer lookalike recorded it
                 continue
             refused.tell(canonical, static_scaled_fp8_quant, "fp8 quantisation", at=[cast], place=cast)
     canonical.merge_equal(static_scaled_fp8_quant)
@@ -86,7 +86,7 @@ def _raise(canonical: CanonicalGraph, scaling: Scaling) -> None:
         detail = f"the scale has the shape {[*scale.shape]}, which makes {[*codes.shape]} of {[*x.shape]}"
         raise Unraised(Reason.SIZE, detail, node, "scale.reshape(1)")
     if scale.device != x.device:
-        detail = f"the scale is on {scale.device}, and what it scales on {x.device}"
+        detail = f"the scale is on {scale.device}, and the tensor it scales on {x.device}"
         raise Unraised(Reason.LAYOUT, detail, node, f"move the scale to {x.device}")
     while is_call(node, *ORDER_KEEPING) and scale is not None and scale.dim() > 1:
         node = node.args[0]
@@ -115,12 +115,12 @@ def _refuse_whole(canonical: CanonicalGraph, node: fx.Node, values: Mapping[str,
 
 @dataclass(frozen=True, kw_only=True)
 class StaticFp8(Codes):
-    """It at a site."""
+    """The quantisation at a site."""
 
     name, eager_kernels = "static_fp8_quant", 5
 
     def result_bytes(self, region: Region) -> int:
-        """The codes."""
+        """Bytes of the codes."""
         return region.tokens * region.width * CODE_BYTES
 
 

@@ -1,6 +1,6 @@
-"""What pricing needs to know of parts: the bytes that they read and write, and the kernels that Inductor makes of them.
+"""Traffic of parts, for prices: the bytes that they read and write, and the kernels that Inductor makes of them.
 
-A core says this of itself as a `Middle`, an epilogue as a `Tail`; a `Region` puts some of them together, at one size.
+A core declares its traffic as a `Middle`, an epilogue as a `Tail`; a `Region` combines them at one size.
 """
 
 from dataclasses import dataclass, field, replace
@@ -14,13 +14,13 @@ class Kernel:
     """One kernel's time, term by term, in nanoseconds.
 
     Attributes:
-        name: of the op or ops.
-        launch: of itself.
-        signal: waiting for other ranks.
-        staging: copying to where other ranks can read.
-        memory: bytes read and written.
-        wire: bytes over links.
-        kind: one of `devices.hardware.KINDS`, by which the model is more or less far off.
+        name: its op or ops.
+        launch: time of the launch.
+        signal: time spent waiting for other ranks.
+        staging: time to copy to memory that other ranks can read.
+        memory: time to read and write memory.
+        wire: time to send over links.
+        kind: one of `devices.hardware.KINDS`; the error of the cost model is known for each.
     """
 
     name: str
@@ -33,12 +33,12 @@ class Kernel:
 
     @property
     def fixed(self) -> int:
-        """What doesn't depend on the bytes: launch + signal"""
+        """The time that doesn't depend on bytes: launch + signal"""
         return self.launch + self.signal
 
     @property
     def moved(self) -> int:
-        """What depends on the bytes: staging + memory + wire"""
+        """The time that depends on bytes: staging + memory + wire"""
         return self.staging + self.memory + self.wire
 
     @property
@@ -48,31 +48,31 @@ class Kernel:
 
 
 class Clock(Protocol):
-    """What times the kernels of a part: the cost model of a device."""
+    """The cost model of a device, which times the kernels of a part."""
 
     @property
     def is_eager(self) -> bool:
-        """Whether parts that aren't fused are run by eager PyTorch, not by Inductor."""
+        """Whether unfused parts run in eager PyTorch, not in Inductor."""
 
     def local(self, name: str, nbytes: float, *, reduces_rows: bool = False) -> Kernel:
-        """A kernel that reads and writes so many bytes; of reductions over rows, as Inductor generates it."""
+        """A kernel that reads and writes this many bytes; for reductions over rows, as Inductor generates it."""
 
     def strided_copy(self, nbytes: float) -> Kernel:
-        """A copy of so many bytes into a part of a larger tensor, in eager PyTorch."""
+        """A copy of this many bytes into a part of a larger tensor, in eager PyTorch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Middle:
-    """A core, as prices see it.
+    """The traffic of a core.
 
     Attributes:
-        name: of the part.
-        inputs: activations that it reads, each of its result's size; a residual aside.
-        has_weight: whether it reads a weight of one row, too.
-        reads_sums: whether a residual may be added before it, and an all-reduce stand there.
+        name: the part's name.
+        inputs: number of activations that it reads, each of its result's size, without a residual.
+        has_weight: whether it also reads a weight of one row.
+        reads_sums: whether a residual add and an all-reduce may come before it.
         reduces_rows: whether it is a reduction over rows.
-        eager_kernels: at most how many kernels its reference launches in eager mode; tests count them.
-        residual_kernels: likewise, how many more of them where it adds a residual.
+        eager_kernels: the most kernels its reference launches in eager mode; tests count them.
+        residual_kernels: the most further kernels where it adds a residual; tests count them.
     """
 
     name: str
@@ -86,14 +86,14 @@ class Middle:
 
 @dataclass(frozen=True, kw_only=True)
 class Tail:
-    """An epilogue at a site, with all of its arguments that prices depend on; each part has a class of its own.
+    """An epilogue at a site, with all of its arguments that prices depend on; each part has its own class.
 
     Attributes:
-        name: of the part.
+        name: the part's name.
         reduces_rows: whether it is a reduction over rows.
-        yields_core: whether the core's own result is part of what it yields, for nothing.
-        eager_kernels: at most how many kernels its reference launches in eager mode; tests count them.
-        kind: what makes the model more or less far off for kernels that do this, too; see `devices.hardware.KINDS`.
+        yields_core: whether its results include the core's own result, at no cost.
+        eager_kernels: the most kernels its reference launches in eager mode; tests count them.
+        kind: suffix of the kernel kind, which the error of the cost model depends on; see `devices.hardware.KINDS`.
     """
 
     name: ClassVar[str]
@@ -104,35 +104,35 @@ class Tail:
 
     @classmethod
     def stands_alone(cls, core: Middle) -> bool:
-        """Whether Inductor leaves it a kernel of its own behind a core: it iterates over another width."""
+        """Whether Inductor keeps it in a separate kernel behind a core because it iterates over another width."""
         return False
 
     def stays_apart(self, core: Middle) -> bool:
-        """Whether it is a kernel of its own behind a core, unfused."""
+        """Whether it is a separate kernel behind a core when unfused."""
         return self.stands_alone(core)
 
     def text(self, width: int) -> str:
-        """For a signature.
+        """Its text in a signature.
 
         Args:
-            width: of the core's result.
+            width: the width of the core's result.
         """
         return self.name
 
     def fits(self, width: int) -> bool:
-        """Whether it can stand behind rows of a width."""
+        """Whether it can follow rows of this width."""
         return True
 
     def result_bytes(self, region: "Region") -> int:
-        """What it yields."""
+        """Bytes of its results."""
         raise NotImplementedError
 
     def read_bytes(self, region: "Region") -> int | None:
-        """What core and epilogue read together, where that isn't what the core reads."""
+        """Bytes that core and epilogue read together; None where those are the core's."""
         return None
 
     def joined(self, clock: Clock, region: "Region") -> tuple[Kernel, ...]:
-        """The kernels that Inductor makes of the core and of it, where it doesn't stand alone."""
+        """The kernels that Inductor makes of core and epilogue, where the epilogue doesn't stand alone."""
         reduces_rows = region.core.reduces_rows or self.reduces_rows
         nbytes = region.read_bytes + region.written_bytes
         return (clock.local(f"{region.core.name}+{self.name}", nbytes, reduces_rows=reduces_rows),)
@@ -143,37 +143,39 @@ class Tail:
         return (clock.local(self.name, nbytes, reduces_rows=self.reduces_rows),)
 
     def behind(self, clock: Clock, region: "Region") -> tuple[Kernel, ...]:
-        """What Inductor has in the kernels of core and epilogue and an op that takes both leaves to it."""
+        """The kernels left to Inductor behind an op that takes core and epilogue: work that it would otherwise do in
+        theirs.
+        """
         return ()
 
     def at_site(self) -> "Tail":
-        """The same as it stands in the site's shape, whatever else a fusion takes along with it."""
+        """The epilogue in the site's shape, without anything else that a fusion takes along with it."""
         return self
 
     def eager(self, clock: Clock, region: "Region") -> tuple[Kernel, ...]:
-        """Kernels of its reference beside `eager_kernels`, which read and write a whole activation each."""
+        """Kernels of its reference beyond `eager_kernels`, which each read and write a whole activation."""
         return ()
 
     def eager_count(self, core: Middle) -> int:
-        """How many of those kernels there are."""
+        """The number of `eager_kernels` behind a core."""
         return self.eager_kernels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
-    """The ops that a fused op stands for, at one size.
+    """The ops that a fused op replaces, at one size.
 
     Attributes:
-        core: what is in the middle.
-        reduce: whether an all-reduce comes before it.
-        residual: whether a residual is added before it.
-        tail: what comes after it.
-        tokens: rows; where queries are rotated, a row for each of their heads.
-        width: of the core's result: hidden, or intermediate size.
-        itemsize: bytes of an activation.
-        ranks: of the group that reduces, 1 where nothing is reduced.
+        core: the core.
+        reduce: whether an all-reduce comes before the core.
+        residual: whether a residual is added before the core.
+        tail: the epilogue.
+        tokens: number of rows; where queries are rotated, a row for each of their heads.
+        width: width of the core's result: hidden, or intermediate size.
+        itemsize: bytes of an element of an activation.
+        ranks: ranks of the group that reduces, 1 without an all-reduce.
         keeps_core: whether the core's own result is needed beside the epilogue's.
-        reducer: whose all-reduce stands in the graph; see `devices.hardware.TORCH`.
+        reducer: the library of the all-reduce in the graph; see `devices.hardware.TORCH`.
     """
 
     core: Middle
@@ -195,7 +197,7 @@ class Region:
 
     @property
     def name(self) -> str:
-        """Of the kernel that does all of it."""
+        """The name of a kernel for the whole region."""
         parts = ("all_reduce" * self.reduce, self.core.name, self.tail.name if self.tail else "")
         return "+".join(part for part in parts if part)
 
@@ -206,7 +208,7 @@ class Region:
 
     @property
     def read_bytes(self) -> int:
-        """What the parts read that take activations from memory."""
+        """Bytes read by the parts that take activations from memory."""
         own = self.tail.read_bytes(self) if self.tail else None
         if own is not None:
             return own
@@ -215,25 +217,25 @@ class Region:
 
     @property
     def written_bytes(self) -> int:
-        """What a kernel of core and epilogue writes: the result, and the sum where one is yielded."""
+        """Bytes that a kernel of core and epilogue writes: the result, and the sum where one is yielded."""
         total = self.row_bytes if self.residual or self.reduce else 0
         core = self.row_bytes if self.keeps_core and self.tail and not self.tail.yields_core else 0
         return self.result_bytes + core + total
 
     @property
     def result_bytes(self) -> int:
-        """The last op's own result."""
+        """Bytes of the last op's result."""
         return self.tail.result_bytes(self) if self.tail else self.row_bytes
 
     def without_tail(self) -> "Region":
-        """The same without what comes after the core."""
+        """The region without its epilogue."""
         return replace(self, tail=None)
 
     def without_reduce(self) -> "Region":
-        """The same on an activation that is reduced already."""
+        """The region on an activation that is reduced already."""
         return replace(self, reduce=False, ranks=1)
 
 
 def total_ns(kernels: tuple[Kernel, ...]) -> int:
-    """Kernels one after the other."""
+    """The time of kernels one after the other."""
     return sum(kernel.ns for kernel in kernels)

@@ -1,4 +1,4 @@
-"""Ops of aten by what may be done around them."""
+"""Groups of aten ops that other ops may be moved across."""
 
 from fuseplan.graph.facts import MULS, RESHAPES, aten
 
@@ -15,7 +15,7 @@ MOVERS = (
     aten.split_with_sizes.default,
     aten.split.Tensor,
 )
-"""Views: they choose and arrange elements."""
+"""Views: they select and rearrange elements."""
 
 SCALES = (*MULS, aten.div.Tensor, aten.div.Scalar, aten.neg.default)
 """Ops that are linear in their first operand, where the second is the same on all ranks."""

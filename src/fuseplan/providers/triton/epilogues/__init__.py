@@ -1,7 +1,7 @@
-"""What rows go through before they are stored, a file an epilogue.
+"""Epilogues of rows before they are stored, a file each.
 
 A file has the device function and an `Epilogue`, which it binds to `EPILOGUE`. It is named after the suffix of its
-fused ops, `none` where they have none. Nothing else names one.
+fused ops, or `none` for ops without a suffix. No other file names an epilogue.
 """
 
 import importlib
@@ -22,15 +22,15 @@ from fuseplan.record import Reason, Refusal
 
 @dataclass(frozen=True, kw_only=True)
 class Epilogue:
-    """An epilogue as a fused op asks for it. Fields are the op's own arguments, by their names in its schema.
+    """An epilogue with its arguments. Fields are the fused op's own arguments, named as in its schema.
 
     Attributes:
         store: the device function, `store(y, arguments, row, first, valid, DTYPE, WIDTH, CONSTANTS, NVIDIA)`. It rounds
-            a tile y [ROWS, BLOCK], float32 or DTYPE, 0 beyond WIDTH, to DTYPE, and stores what it makes of that. `row`
+            a tile y [ROWS, BLOCK], float32 or DTYPE, 0 beyond WIDTH, to DTYPE, and stores the epilogue of it. `row`
             [ROWS] are its rows, stored where they are `valid`, and `first` is its first column.
-        whole_row: whether a tile must hold all of a row.
-        elements: that a thread of a norm holds, by rows for each multiprocessor.
-        rows: of a program of a norm without a residual, likewise.
+        whole_row: whether a tile must hold a whole row.
+        elements: elements that a thread of a norm holds, by rows for each multiprocessor.
+        rows: rows of a program of a norm without a residual, by rows for each multiprocessor.
     """
 
     store: ClassVar[Any]
@@ -40,16 +40,16 @@ class Epilogue:
 
     @classmethod
     def refuse(cls, x: Tensor, m: Any) -> Refusal | None:
-        """Why the device function doesn't take a fused op's arguments m, of activations x, or None."""
+        """The refusal of a fused op's arguments m, with activations x, by the device function, or None."""
         return None
 
     @property
     def unit(self) -> int:
-        """Elements of a row that a tile must hold together, a power of two: tiles take multiples of it."""
+        """Elements of a row that must be in the same tile, a power of two: tiles take multiples of it."""
         return 1
 
     def width(self, width: int) -> int:
-        """Of a row that is stored."""
+        """The width of a stored row."""
         return width
 
     def results(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -57,23 +57,23 @@ class Epilogue:
         return (x.new_empty((*x.shape[:-1], self.width(x.shape[-1]))),)
 
     def part(self, results: tuple[Tensor, ...], start: int, stop: int) -> "tuple[Epilogue, tuple[Tensor, ...]]":
-        """What stores some of the rows, and results of it."""
+        """The epilogue for some of the rows, and its results."""
         return self, tuple(each.view(each.shape[:-1].numel(), -1)[start:stop] for each in results)
 
     def arguments(self, results: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """Tensors and floats that the device function is called with, `results` among them."""
+        """Arguments of the device function, tensors and floats, `results` among them."""
         return results
 
     @property
     def constants(self) -> tuple[Any, ...]:
-        """What the device function is compiled for."""
+        """The compile-time constants of the device function."""
         return ()
 
 
 SUFFIXES: frozenset[str | None] = frozenset(
     None if each.name == "none" else each.name for each in pkgutil.iter_modules(__path__)
 )
-"""Of fused ops, for which there is an epilogue; None: without one."""
+"""Suffixes of fused ops that have an epilogue here; None: ops without a suffix."""
 
 
 @cache
@@ -89,9 +89,9 @@ class GroupBytes(Epilogue):
 
     Attributes:
         group_size: elements of a group, a power of two; rows are whole groups.
-        layout: of these bytes: `ScaleLayout.ROWS` or `ScaleLayout.SWIZZLED`.
-        first_row: which of all rows is the first of a launch.
-        all_rows: how many there are; 0: as many as codes.
+        layout: layout of these bytes, `ScaleLayout.ROWS` or `ScaleLayout.SWIZZLED`.
+        first_row: the index of a launch's first row among all rows.
+        all_rows: the number of all rows; 0: as many as rows of codes.
     """
 
     elements: ClassVar[Found] = replace(NORM_THREAD["none"], source="as without an epilogue; not measured")
@@ -102,7 +102,7 @@ class GroupBytes(Epilogue):
 
     @classmethod
     def refuse(cls, x: Tensor, m: Any) -> Refusal | None:
-        """Why groups are refused that no tile holds, or that don't divide a row."""
+        """The refusal of groups that no tile holds or that don't divide a row, or None."""
         return refuse_groups(m.group_size, x)
 
     @property
@@ -112,7 +112,7 @@ class GroupBytes(Epilogue):
 
     @property
     def swizzles(self) -> bool:
-        """Whether bytes lie in tiles."""
+        """Whether bytes are stored in tiles."""
         return self.layout == ScaleLayout.SWIZZLED
 
     def scales(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -120,7 +120,7 @@ class GroupBytes(Epilogue):
         return empty_scales(x, x.shape[-1] // self.group_size, dtype, self.layout)
 
     def part(self, results: tuple[Tensor, ...], start: int, stop: int) -> tuple[Epilogue, tuple[Tensor, ...]]:
-        """Of tiles all of them, since rows aren't apart in them."""
+        """See `Epilogue.part`; for tiles, all of them are results, since tiles don't separate rows."""
         codes, scales = results
         if not self.swizzles:
             return super().part(results, start, stop)
@@ -128,21 +128,21 @@ class GroupBytes(Epilogue):
         return replace(self, first_row=start, all_rows=codes.shape[:-1].numel()), (own, scales)
 
     def places(self, codes: Tensor) -> tuple[int, int]:
-        """(all rows, or 0 where bytes lie in rows, which of them is the first of these codes)"""
+        """(number of all rows, or 0 where bytes are stored in rows; index of the first row of these codes)"""
         return (self.all_rows or codes.shape[:-1].numel()) * self.swizzles, self.first_row
 
 
 def code_constants(dtype: torch.dtype, quant_rounding: str) -> tuple[float, bool, bool, bool]:
-    """(the largest code, whether a scale is applied by its reciprocal, whether the quotient is rounded to the precision
-    of the rows, as `rows.quantized` takes them, whether the scale is)
+    """(the largest code, whether a scale is applied by its reciprocal, whether the quotient is rounded to the dtype of
+    the rows, all for `rows.quantized`; whether the scale is rounded to it)
     """
     how = QuantRounding(quant_rounding)
     return torch.finfo(dtype).max, how.multiplies, how.rounds_scaled, how.rounds_scale
 
 
 def refuse_groups(size: int, x: Tensor, *, least: int = 1) -> Refusal | None:
-    """Why groups of so many elements are refused that no tile holds, or of which no row of x has a number of at least
-    `least`, or None.
+    """The refusal of a group size that no tile holds or that doesn't divide rows of x into at least `least` groups; or
+    None.
     """
     width = x.shape[-1]
     if size < 1 or size & (size - 1):
@@ -161,19 +161,19 @@ def refuse_groups(size: int, x: Tensor, *, least: int = 1) -> Refusal | None:
 
 
 def scales_for(x: Tensor, count: int, quant_rounding: str, layout: str = "rows") -> Tensor:
-    """Memory for so many scales of each row of x."""
+    """Memory for `count` scales of each row of x."""
     dtype = x.dtype if QuantRounding(quant_rounding).rounds_scaled else torch.float32
     return empty_scales(x, count, dtype, layout)
 
 
 def bytes_for(x: Tensor, size: int) -> Tensor:
-    """Memory for a byte for so many elements of a row of x each."""
+    """Memory for a byte for every `size` elements of a row of x."""
     return x.new_empty((*x.shape[:-1], x.shape[-1] // size), dtype=torch.uint8)
 
 
 def scale_bounds(m: Any, scales: Tensor) -> tuple[Any, ...]:
-    """(the least scale, the largest, what takes the place of 0, a pointer to the largest element that counts) of an
-    epilogue m with scales.
+    """(the least scale, the largest scale, the replacement for 0, a pointer to the upper bound of amax) of an epilogue
+    m with scales.
     """
     return m.min_scale or -math.inf, m.max_scale or math.inf, m.zero_scale, scales if m.scale_ub is None else m.scale_ub
 

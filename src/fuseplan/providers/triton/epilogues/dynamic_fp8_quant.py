@@ -17,7 +17,7 @@ def store_by_scale_of_row(
     y, arguments, row, first, valid,
     DTYPE: tl.constexpr, WIDTH: tl.constexpr, CONSTANTS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """Stores rows as codes, and the scale of each."""
+    """Stores the codes of rows, and the scale of each row."""
     y_ptr, scale_ptr, min_scale, max_scale, zero_scale, upper_ptr = arguments
     MOST: tl.constexpr = CONSTANTS[0]
     MULTIPLIES: tl.constexpr = CONSTANTS[1]
@@ -45,11 +45,11 @@ class DynamicFp8(Epilogue):
     clamp(y / scale, -fp8_max, fp8_max).to(dtype)
 
     Attributes:
-        dtype: of the codes.
+        dtype: dtype of the codes.
         min_scale: the least scale of a row.
-        max_scale: the largest; 0 for none.
-        zero_scale: what takes the place of 0.
-        scale_ub: the largest element that counts; None: all do.
+        max_scale: the largest scale; 0 for none.
+        zero_scale: the replacement for a scale of 0.
+        scale_ub: the upper bound of the largest element; None: no bound.
         quant_rounding: how a scale is applied.
     """
 
@@ -74,7 +74,7 @@ class DynamicFp8(Epilogue):
 
     @property
     def constants(self) -> tuple[Any, ...]:
-        """What the device function is compiled for."""
+        """The compile-time constants of the device function."""
         return *code_constants(self.dtype, self.quant_rounding), self.scale_ub is not None, *extremes(self)
 
 

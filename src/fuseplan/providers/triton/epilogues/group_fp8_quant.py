@@ -19,7 +19,7 @@ def store_by_scales_of_groups(
     y, arguments, row, first, valid,
     DTYPE: tl.constexpr, WIDTH: tl.constexpr, CONSTANTS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """Stores rows as codes, and the scales of their groups."""
+    """Stores the codes of rows, and the scales of their groups."""
     y_ptr, scale_ptr, min_scale, max_scale, zero_scale, upper_ptr, min_power, scale_row, scale_column = arguments
     MOST: tl.constexpr = CONSTANTS[0]
     MULTIPLIES: tl.constexpr = CONSTANTS[1]
@@ -33,8 +33,8 @@ def store_by_scales_of_groups(
     UNDERFLOWS: tl.constexpr = CONSTANTS[9]
     GROUPS: tl.constexpr = WIDTH // GROUP
     y, out, inside = in_groups(y, row, first, valid, DTYPE, WIDTH, GROUP, NVIDIA)
-    # Where several programs share a row, memory is the limit, and shorter code, by which more of them run at once, was
-    # the slower one: 575 us in place of 537 for 32,768 rows of 14,336 elements on an H200.
+    # Where several programs share a row, memory is the limit. Shorter code, with more programs at once, was slower
+    # there: 575 us instead of 537 for 32,768 rows of 14,336 elements on an H200.
     SHORT: tl.constexpr = NVIDIA and out.shape[1] >= WIDTH
     scale = dynamic_scale(y, min_scale, max_scale, upper_ptr, MOST, ROUNDS, IS_BOUNDED, OVERFLOWS, SHORT)
     if UE8M0:
@@ -65,7 +65,7 @@ def store_by_scales_of_groups(
 def power_of_two_from(x):
     """2^ceil(log2(x)) of positive x, float32; 0, infinity and NaN stay."""
     bits = x.to(tl.int32, bitcast=True)
-    # Below 2^-126 a number's bits are the number, in units of 2^-149: the power has all bits below x's highest and one.
+    # Below 2^-126 a number's bits are the number, in units of 2^-149: the power is all bits below the highest, plus 1.
     below = bits - 1
     for shift in tl.static_range(5):
         below |= below >> (1 << shift)
@@ -75,12 +75,12 @@ def power_of_two_from(x):
 
 @dataclass(frozen=True, kw_only=True)
 class GroupFp8(DynamicFp8):
-    """`DynamicFp8` of each group of elements of a row.
+    """`DynamicFp8` for each group of elements of a row.
 
     Attributes:
         group_size: elements of a group, a power of two; rows are whole groups.
         ue8m0: whether scales are rounded up to powers of two.
-        min_power: the least scale of a group behind that.
+        min_power: the least scale of a group after that rounding.
         layout: one of `ScaleLayout`.
     """
 
@@ -95,12 +95,12 @@ class GroupFp8(DynamicFp8):
 
     @classmethod
     def refuse(cls, x: Tensor, m: Any) -> Refusal | None:
-        """Why groups are refused that no tile holds, or that don't divide a row."""
+        """The refusal of groups that no tile holds or that don't divide a row, or None."""
         return refuse_groups(m.group_size, x, least=3 if m.values.get("layout") == ScaleLayout.PACKED else 1)
 
     @property
     def unit(self) -> int:
-        """Elements of a group, or of those whose scales are packed."""
+        """Elements of a group, or of the groups whose scales are packed together."""
         return self.group_size * self._packed
 
     @property
@@ -113,13 +113,13 @@ class GroupFp8(DynamicFp8):
         return codes, scales_for(x, x.shape[-1] // self.group_size, self.quant_rounding, self.layout)
 
     def arguments(self, results: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """(codes, scales, their bounds, the least power of two, how far rows and columns of scales are apart)"""
+        """(codes, scales, their bounds, the least power of two, strides of rows and columns of scales)"""
         scales = results[1]
         return *results, *scale_bounds(self, scales), self.min_power, scales.stride(-2), scales.stride(-1)
 
     @property
     def constants(self) -> tuple[Any, ...]:
-        """What the device function is compiled for."""
+        """The compile-time constants of the device function."""
         constants = code_constants(self.dtype, self.quant_rounding)
         return *constants, self.scale_ub is not None, self.group_size, self.ue8m0, self._packed, *extremes(self)
 

@@ -1,4 +1,4 @@
-"""MXFP4: e2m1, two codes a byte, by a power of two of each group of elements of a row, kept as its exponent."""
+"""MXFP4: e2m1, two codes a byte, with a power of two for each group of elements of a row, stored as its exponent."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -31,7 +31,7 @@ def store_pairs_by_exponents(
 
 @dataclass(frozen=True, kw_only=True)
 class MxFp4(GroupBytes):
-    """Of each group of elements of a row, the power of two by its largest element, and what that scales.
+    """For each group of elements of a row, a power of two from its largest element, and the elements scaled by it.
 
     Attributes:
         scaling: one of `MxScaling`.
@@ -45,12 +45,12 @@ class MxFp4(GroupBytes):
         return bytes_for(x, 2), self.scales(x, torch.uint8)
 
     def arguments(self, results: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """(pairs of codes, exponents, all rows, which of them is the first)"""
+        """(pairs of codes, exponents, number of all rows, index of the first one)"""
         return *results, *self.places(results[0])
 
     @property
     def constants(self) -> tuple[Any, ...]:
-        """What the device function is compiled for."""
+        """The compile-time constants of the device function."""
         return self.group_size, MxScaling(self.scaling).value, self.swizzles
 
 

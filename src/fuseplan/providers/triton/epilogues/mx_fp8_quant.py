@@ -1,4 +1,4 @@
-"""MXFP8: fp8 by a power of two of each group of elements of a row, which is kept as its exponent."""
+"""MXFP8: fp8 with a power of two for each group of elements of a row, stored as its exponent."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -34,10 +34,10 @@ def store_by_exponents(
 
 @dataclass(frozen=True, kw_only=True)
 class MxFp8(GroupBytes):
-    """Of each group of elements of a row, the power of two by its largest element, and what that scales.
+    """For each group of elements of a row, a power of two from its largest element, and the elements scaled by it.
 
     Attributes:
-        dtype: of the codes: float8_e4m3fn or float8_e5m2.
+        dtype: dtype of the codes: float8_e4m3fn or float8_e5m2.
         scaling: one of `MxScaling`.
     """
 
@@ -50,12 +50,12 @@ class MxFp8(GroupBytes):
         return x.new_empty(x.shape, dtype=self.dtype), self.scales(x, torch.uint8)
 
     def arguments(self, results: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """(codes, exponents, all rows, which of them is the first)"""
+        """(codes, exponents, number of all rows, index of the first one)"""
         return *results, *self.places(results[0])
 
     @property
     def constants(self) -> tuple[Any, ...]:
-        """What the device function is compiled for."""
+        """The compile-time constants of the device function."""
         how, codes = MxScaling(self.scaling).value, MX_FP8_FORMATS[self.dtype]
         return codes.most, self.group_size, how, self.swizzles, codes.top, codes.half
 

@@ -1,4 +1,4 @@
-"""Rows as they are."""
+"""Rows without an epilogue."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ def store_rows(
     y, arguments, row, first, valid,
     DTYPE: tl.constexpr, WIDTH: tl.constexpr, CONSTANTS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """Stores rows as DTYPE."""
+    """Stores rows in DTYPE."""
     y_ptr = arguments[0]
     column = first + tl.arange(0, y.shape[1])
     out = row.to(tl.int64)[:, None] * WIDTH + column[None, :]

@@ -1,4 +1,4 @@
-"""NVFP4: e2m1, two codes a byte, by a scale in fp8 of each group of elements of a row, and a global scale or none."""
+"""NVFP4: e2m1, two codes a byte, with an fp8 scale for each group of elements of a row, and maybe a global scale."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -39,7 +39,7 @@ def store_pairs_by_scales(
 
 @dataclass(frozen=True, kw_only=True)
 class NvFp4(GroupBytes):
-    """Of each group of elements of a row:
+    """For each group of elements of a row:
 
     scale = clamp(amax(|y|) / 6 / global_scale, min_scale, 448).to(float8_e4m3fn)
     e2m1(clamp(y * ((1 / global_scale) / scale), -6, 6))
@@ -58,15 +58,15 @@ class NvFp4(GroupBytes):
         return bytes_for(x, 2), self.scales(x, torch.float8_e4m3fn)
 
     def arguments(self, results: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """(pairs of codes, scales, the global scale, the smallest one, all rows, which of them is the first)"""
+        """(pairs of codes, scales, the global scale, the smallest scale, number of all rows, index of the first one)"""
         codes, scales = results
         whole = codes if self.global_scale is None else self.global_scale
-        # The kernel stores bytes, since fp8 isn't a type of every GPU.
+        # The kernel stores bytes, since not every GPU has fp8.
         return codes, scales.view(torch.uint8), whole, self.min_scale, *self.places(codes)
 
     @property
     def constants(self) -> tuple[Any, ...]:
-        """What the device function is compiled for."""
+        """The compile-time constants of the device function."""
         return self.group_size, self.global_scale is not None, self.swizzles
 
 

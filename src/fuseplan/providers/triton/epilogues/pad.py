@@ -13,12 +13,12 @@ def store_padded(
     y, arguments, row, first, valid,
     DTYPE: tl.constexpr, WIDTH: tl.constexpr, CONSTANTS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """Stores rows as DTYPE, and CONSTANTS[0] zeros behind each."""
+    """Stores rows in DTYPE, and CONSTANTS[0] zeros behind each row."""
     y_ptr = arguments[0]
     OUT_WIDTH: tl.constexpr = WIDTH + CONSTANTS[0]
     column = first + tl.arange(0, y.shape[1])
     out = row.to(tl.int64)[:, None] * OUT_WIDTH + column[None, :]
-    # A row of which something is infinite or NaN is NaN also beyond its end.
+    # In a row with infinity or NaN, values beyond its end are NaN as well.
     padded = tl.where(within(column, WIDTH)[None, :], y, 0.0)
     tl.store(y_ptr + out, padded.to(DTYPE), mask=valid[:, None] & within(column, OUT_WIDTH)[None, :])
 
@@ -35,12 +35,12 @@ class Pad(Epilogue):
     right: int
 
     def width(self, width: int) -> int:
-        """Of a row that is stored."""
+        """The width of a stored row."""
         return width + self.right
 
     @property
     def constants(self) -> tuple[Any, ...]:
-        """What the device function is compiled for."""
+        """The compile-time constants of the device function."""
         return (self.right,)
 
 

@@ -17,7 +17,7 @@ def store_by_given_scale(
     y, arguments, row, first, valid,
     DTYPE: tl.constexpr, WIDTH: tl.constexpr, CONSTANTS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """Stores rows as codes."""
+    """Stores the codes of rows."""
     y_ptr, scale_ptr = arguments
     MOST: tl.constexpr = CONSTANTS[0]
     MULTIPLIES: tl.constexpr = CONSTANTS[1]
@@ -38,7 +38,7 @@ class StaticFp8(Epilogue):
 
     Attributes:
         scale: one element.
-        dtype: of the codes.
+        dtype: dtype of the codes.
         quant_rounding: how the scale is applied.
     """
 
@@ -58,7 +58,7 @@ class StaticFp8(Epilogue):
 
     @property
     def constants(self) -> tuple[Any, ...]:
-        """What the device function is compiled for."""
+        """The compile-time constants of the device function."""
         return code_constants(self.dtype, self.quant_rounding)
 
 

@@ -1,4 +1,4 @@
-"""torch's attention kernels: what they are called by, and which of them a vendor's devices run."""
+"""torch's attention kernels: their names and ops, and the one that runs on a vendor's devices."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ class Kernel:
     """One of torch's attention ops.
 
     Attributes:
-        name: as the dialect has it.
-        target: as it stands in a post-grad graph.
-        run: the same call with nothing but the output asked for: (q, k, v, mask, scale, is_causal) -> all results.
+        name: its name in the dialect.
+        target: its overload in post-grad graphs.
+        run: a call that requests only the output: (q, k, v, mask, scale, is_causal) -> all results.
     """
 
     name: str
@@ -70,15 +70,15 @@ KERNELS: Final[Mapping[str, Kernel]] = {
         ),
     )
 }
-"""By name; `overrideable` is that of devices outside of torch."""
+"""Kernels by name; `overrideable` is for devices outside of torch."""
 
 
 def target_kernel(kernel: str, vendor: str, q: Tensor, mask: Tensor | None) -> str:
-    """What a vendor's devices run where a graph that was traced without one calls the CPU's kernel.
+    """The kernel that runs on a vendor's devices where a graph traced without such a device calls the CPU's kernel.
 
     Args:
-        kernel: of the graph.
-        vendor: of the device that the plan is for.
+        kernel: the kernel in the graph.
+        vendor: the vendor of the plan's device.
         q: queries.
         mask: added to the scores, or None.
     """

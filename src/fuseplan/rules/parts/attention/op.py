@@ -1,9 +1,8 @@
-"""Scaled dot-product attention as torch's own kernels compute it, and heads of keys and values that several queries
-share.
+"""Scaled dot-product attention as torch's own kernels compute it, with heads of keys and values that queries share.
 
-SDPA fixes no order of accumulation, and each of torch's kernels has its own. So the yardstick of a fused op is the very
-kernel that the graph calls, run on repeated heads: a reference in a narrow dtype runs it, and one in float64 is plain
-PyTorch.
+SDPA fixes no order of accumulation, and each of torch's kernels has its own. So a fused op is compared with the kernel
+that the graph calls, run on repeated heads: the reference in a narrow dtype runs that kernel, and the reference in
+float64 is plain PyTorch.
 """
 
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from fuseplan.graph.ops import Sample, define, draw_activations
 from fuseplan.rules.parts.attention.kernels import KERNELS
 
 MOST_SCORES = 2**26
-"""Scores that an exact reference holds at a time."""
+"""The most scores that an exact reference holds at a time."""
 
 
 def repeat_heads_reference(x: Tensor, groups: int) -> Tensor:
@@ -42,24 +41,24 @@ def repeat_heads_fake(x: Tensor, groups: int) -> Tensor:
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, kernel: str
 ) -> Tensor:
-    """y = softmax(q @ k^T * scale + mask) @ v, by the kernel of that name; in float64 by plain PyTorch.
+    """y = softmax(q @ k^T * scale + mask) @ v, by the named kernel; in float64 by plain PyTorch.
 
     Args:
         q: [batch, q_heads, queries, head_dim].
         k: [batch, heads, keys, head_dim]; q_heads is a multiple of heads, and neighbouring query heads share one.
         v: [batch, heads, keys, value_dim].
-        mask: added to the scores, broadcasts to [batch, q_heads, queries, keys]; None: nothing is added.
-        scale: of the scores.
-        is_causal: query i sees keys 0 to i alone.
+        mask: added to the scores, broadcasts to [batch, q_heads, queries, keys]; None: no mask.
+        scale: multiplies the scores.
+        is_causal: query i sees only keys 0 to i.
         kernel: one of `KERNELS`.
 
     Returns:
-        [batch, q_heads, queries, value_dim] in q's dtype; laid out as the kernel lays it out, which follows q.
+        [batch, q_heads, queries, value_dim] in q's dtype and in the kernel's layout, which follows q's.
 
     Raises:
         KeyError: no kernel of that name is known.
     """
-    if q.dtype is torch.float64 or 0 in (*q.shape, *k.shape):  # torch's kernels don't all take what is empty
+    if q.dtype is torch.float64 or 0 in (*q.shape, *k.shape):  # some of torch's kernels refuse empty tensors
         return exact_attention(q, k, v, mask, scale, is_causal=is_causal)
     groups = q.shape[1] // k.shape[1]
     k, v = (each if groups == 1 else repeat_heads_reference(each, groups) for each in (k, v))
@@ -71,17 +70,17 @@ def exact_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, *, is_causal: bool = False,
     softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Without casts, some queries of one batch element at a time.
+    """Attention without casts, some queries of one batch element at a time.
 
     Args:
         q: see `attention_reference`.
-        k: likewise.
-        v: likewise.
-        mask: likewise.
-        scale: likewise.
-        is_causal: likewise.
-        softcap: c of `c * tanh(scores / c)`, before the mask is added; None: scores stay.
-        sinks: [q_heads], a logit more of every query, that has no value; None: there is none.
+        k: see there.
+        v: see there.
+        mask: see there.
+        scale: see there.
+        is_causal: see there.
+        softcap: c of `c * tanh(scores / c)`, before the mask is added; None: no softcap.
+        sinks: [q_heads], an additional logit without a value for every query of a head; None: no sinks.
     """
     batch, heads, queries, _ = q.shape
     groups, keys = heads // k.shape[1], k.shape[2]
@@ -109,7 +108,7 @@ def exact_attention(
 def attention_fake(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool, kernel: str
 ) -> Tensor:
-    """Shape, dtype and layout of `attention_reference`: what torch's own fake implementation of the kernel says."""
+    """Shape, dtype and layout of `attention_reference`, by torch's own fake implementation of the kernel."""
     result: Tensor = KERNELS[kernel].run(q, k, v, mask, scale, is_causal)[0]
     return q.new_empty_strided(result.shape, result.stride(), dtype=result.dtype)
 
@@ -123,7 +122,7 @@ def draw_mask(shape: tuple[int, ...], device: torch.device, generator: torch.Gen
 
 
 def draw_keys(shape: tuple[int, ...], device: torch.device, generator: torch.Generator) -> Tensor:
-    """Normal values: neither a softmax that is one key alone, nor one that is the mean of all of them."""
+    """Normal values, so that the softmax neither picks a single key nor averages all of them."""
     return torch.randn(shape, device=device, generator=generator)
 
 
@@ -146,7 +145,7 @@ class _Sizes:
     dtype: torch.dtype = torch.bfloat16
 
     def sample(self, *, shared: bool) -> Sample:
-        """Arguments whose keys and values have fewer heads than the queries, or as many."""
+        """A sample whose keys and values have fewer heads than the queries (`shared`), or as many."""
         q_heads, heads = self.heads if shared else (self.heads[0],) * 2
 
         def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
@@ -176,7 +175,9 @@ SIZES = (
 )
 SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal, str kernel) -> Tensor"
 ERROR_FACTOR = 8.0
-"""For another order of accumulation in float32: of the few elements of a head the reference's worst may be lucky."""
+"""Allows for another order of accumulation in float32: over the few elements of a head, the reference's own worst error
+may be small by luck.
+"""
 
 DRAWS = {"q": draw_keys, "k": draw_keys, "mask": draw_mask}
 

@@ -2,7 +2,7 @@
 
 heads  = reshape([clone](expand(unsqueeze(x, heads + 1))))    repeat_kv, repeat_interleave, stack
        | expand(x) | repeat(x)                                one head for all queries
-       , before or after heads and tokens change places
+       , before or after heads and tokens are transposed
 y      = getitem(_scaled_dot_product_*_attention(q, heads, heads, ...), 0)
 """
 
@@ -22,7 +22,7 @@ from fuseplan.rules.parts.attention.kernels import KERNELS
 from fuseplan.rules.parts.attention.op import attention, repeat_heads
 
 HEADS = 1
-"""The dimension of heads in what an attention op takes."""
+"""The dimension of heads in the inputs of an attention op."""
 
 BY_TARGET: dict[Any, str] = {kernel.target: kernel.name for kernel in KERNELS.values()}
 
@@ -33,9 +33,9 @@ class Repeated:
 
     Attributes:
         node: the tensor.
-        source: what was copied; its heads are dimension `heads`.
+        source: the tensor without copies.
         groups: copies of each head, next to each other.
-        tiled: whether all heads stand after each other `groups` times instead.
+        tiled: whether the whole sequence of heads is repeated `groups` times instead.
         outer: the ops between the copies and `node`, the nearest to `node` first.
     """
 
@@ -123,10 +123,10 @@ def check_sides(key: Repeated, value: Repeated) -> None:
 
 
 def _check_flags(canonical: CanonicalGraph, node: Call, arguments: dict[str, Any]) -> None:
-    """Refuses what a fused op doesn't compute.
+    """Refuses arguments and results that a fused op doesn't support.
 
     Raises:
-        Unraised: the graph wants that.
+        Unraised: the graph uses one.
     """
     if arguments["dropout_p"]:
         raise Unraised(
@@ -165,10 +165,10 @@ def _source_heads(side: Repeated) -> Any:
 
 
 def repeated(node: object) -> Repeated | None:
-    """What a tensor of keys or values copies its heads from; None where it doesn't."""
+    """The copies in a tensor of keys or values; None where its heads aren't copies."""
     if not isinstance(node, fx.Node) or _dim(node) != 4:
         return None
-    if is_dialect(node, repeat_heads):  # another attention reads it, too
+    if is_dialect(node, repeat_heads):  # another attention reads it as well
         return Repeated(node, node.args[0], node.args[1])
     outer: list[Call] = []
     inner, heads = node, HEADS
@@ -189,7 +189,7 @@ _OUTER = (aten.permute.default, aten.clone.default, aten.slice.Tensor)
 
 
 def _moved(node: fx.Node, heads: int) -> int | None:
-    """Where the heads stand before an op that may stand between copies and attention; None where it may not."""
+    """The dimension of heads before an op between copies and attention; None where such an op isn't supported there."""
     if is_call(node, aten.permute.default):
         return int(node.args[1][heads]) % 4
     if is_call(node, aten.clone.default):
@@ -200,7 +200,7 @@ def _moved(node: fx.Node, heads: int) -> int | None:
 
 
 def _merged(node: fx.Node, heads: int) -> tuple[fx.Node, int, bool] | None:
-    """(source, groups, tiled) of a reshape that merges copies with heads."""
+    """(source, groups, tiled) of a reshape that merges the dimension of copies into that of heads."""
     if not is_call(node, *RESHAPES):
         return None
     inner = node.args[0]
@@ -249,18 +249,18 @@ def _dim(node: object) -> int | None:
 
 
 def _raise_repeat(canonical: CanonicalGraph, side: Repeated) -> fx.Node:
-    """The dialect op in the place of the copies."""
+    """The dialect op that replaces the copies."""
     if is_dialect(side.node, repeat_heads):
         return side.node
     return canonical.raise_op(repeat_heads, (unrepeated(canonical, side), side.groups), (side.node,))
 
 
 def unrepeated(canonical: CanonicalGraph, side: Repeated) -> fx.Node:
-    """What is copied; what stood between the copies and attention goes before it."""
+    """The tensor without copies, behind the ops that stood between the copies and attention."""
     source = side.source
     for op in reversed(side.outer):
         if is_call(op, aten.clone.default):
-            continue  # what is copied contiguously is read by shape
+            continue  # only the layout differs, and readers go by the shape
         value = tensor_of(source)
         assert value is not None
         with value.fake_mode if hasattr(value, "fake_mode") else torch.no_grad():

@@ -1,12 +1,12 @@
-"""What attention over shared heads costs: copies of keys and values, and the kernel that reads them.
+"""Prices of attention over shared heads: copies of keys and values, and the kernel that reads them.
 
     kernel = latency + key * keys + max(bytes / bandwidth, operations / rate)
 
-`latency` is what the kernel takes with next to nothing to read, its launch included. A kernel that doesn't split the
-keys of a query among programs walks along them, which takes `key` each; that is added, though part of it overlaps with
-memory. fuseplan's own kernel splits them for any query, and has a latency of its own. Repeated heads are read as often
-as they are repeated, and before that Inductor writes them, a kernel for keys and one for values. Attention that is
-spelled out is two products of matrices, between which scores are written and read.
+`latency` is the kernel's time with next to nothing to read, including its launch. A kernel that doesn't split the keys
+of a query among programs walks along them, which takes `key` for each; the model adds that, though part of it overlaps
+with memory. fuseplan's own kernel splits the keys for any query, and has its own latency. Repeated heads are read as
+often as they are repeated; before that, Inductor writes them, in one kernel for the keys and one for the values.
+Attention that is spelled out is two matrix products, with scores written and read between them.
 """
 
 import math
@@ -33,16 +33,16 @@ class AttentionRegion:
     Attributes:
         batch: rows of the batch.
         q_heads: heads of the queries.
-        heads: of keys and values, unrepeated.
-        queries: tokens of a row.
-        keys: that each of them sees at most.
-        width: of a head.
+        heads: heads of keys and values, unrepeated.
+        queries: query tokens of a row.
+        keys: the most keys that a query sees.
+        width: head dimension.
         itemsize: bytes of an element.
-        kernel: of the graph.
-        copies: whether repeated heads are written to memory; of a single head they are a view.
-        is_causal: whether queries see the keys before them alone, which halves the work.
-        passes: over all scores that the graph makes between two products of matrices, where it spells attention out; 0:
-            it calls a kernel.
+        kernel: the kernel in the graph.
+        copies: whether repeated heads are written to memory; copies of a single head are a view.
+        is_causal: whether queries see only the keys before them, which halves the work.
+        passes: passes over all scores between the two matrix products, where the graph spells attention out; 0: the
+            graph calls a kernel.
     """
 
     batch: int
@@ -59,33 +59,33 @@ class AttentionRegion:
 
     @property
     def groups(self) -> int:
-        """Queries that share a head."""
+        """Query heads that share a head of keys and values."""
         return self.q_heads // self.heads
 
     @property
     def shared_bytes(self) -> int:
-        """Of all keys, or of all values, unrepeated."""
+        """Bytes of all keys, or of all values, unrepeated."""
         return self.batch * self.heads * self.keys * self.width * self.itemsize
 
     @property
     def query_bytes(self) -> int:
-        """Of the queries, or of the result."""
+        """Bytes of the queries, or of the result."""
         return self.batch * self.q_heads * self.queries * self.width * self.itemsize
 
     @property
     def score_bytes(self) -> int:
-        """Of all scores, or of all weights."""
+        """Bytes of all scores, or of all weights."""
         return self.batch * self.q_heads * self.queries * self.keys * self.itemsize
 
     @property
     def operations(self) -> float:
-        """Multiplications and additions."""
+        """The number of multiplications and additions."""
         share = 0.5 if self.is_causal else 1.0
         return 4.0 * share * self.batch * self.q_heads * self.queries * self.keys * self.width
 
 
 def repeated(hardware: Hardware, region: AttentionRegion) -> tuple[Kernel, ...]:
-    """The graph as Inductor leaves it."""
+    """The kernels of the unfused graph."""
     copied = region.shared_bytes * (1 + region.groups)
     copy = Kernel(
         name="repeat heads", launch=_up(hardware.launch.value), memory=_up(hardware.memory_ns(copied))
@@ -97,7 +97,7 @@ def repeated(hardware: Hardware, region: AttentionRegion) -> tuple[Kernel, ...]:
 
 
 def grouped(hardware: Hardware, region: AttentionRegion, form: Heads) -> tuple[Kernel, ...]:
-    """The graph without repeated heads, in a form; as `repeated`, by the reference, behind an opaque op."""
+    """The kernels without repeated heads, in a form; `repeated` is the reference behind an opaque op."""
     if form == "repeated":
         opaque = Kernel(name="opaque op", launch=_up(hardware.launch.value))
         return (*repeated(hardware, region), opaque)
@@ -105,7 +105,7 @@ def grouped(hardware: Hardware, region: AttentionRegion, form: Heads) -> tuple[K
 
 
 def _joined(hardware: Hardware, region: AttentionRegion) -> Kernel:
-    """All of an attention that is spelled out, for one query, as Inductor generates it."""
+    """The kernel that Inductor generates for a whole spelled-out attention of a single query."""
     nbytes = 2 * region.shared_bytes + 2 * region.query_bytes + 2 * region.score_bytes
     return Kernel(
         name="attention, generated", launch=_up(hardware.launch.value),
@@ -119,7 +119,7 @@ def _product_rate(hardware: Hardware, region: AttentionRegion) -> float:
 
 
 def _spelled(hardware: Hardware, region: AttentionRegion) -> tuple[Kernel, ...]:
-    """Two products of matrices, and between them kernels that read and write all scores."""
+    """Two matrix products, and between them kernels that read and write all scores."""
     launch = _up(hardware.launch.value)
     read = region.shared_bytes * (region.groups if region.copies else 1) + region.query_bytes + region.score_bytes
     product = Kernel(

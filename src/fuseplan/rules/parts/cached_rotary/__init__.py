@@ -1,4 +1,4 @@
-"""Rotary embedding of queries and keys, of which the keys, and values, are written into a static cache."""
+"""Rotary embedding of queries and keys, with keys and values written into a static cache."""
 
 from fuseplan.rules.parts.base import Core, Reported, Stage
 from fuseplan.rules.parts.cached_rotary.op import cached_rotary

@@ -1,4 +1,4 @@
-"""Rotary embedding of queries and keys, and writing the keys, and values, into a static cache."""
+"""Rotary embedding of queries and keys, and the writes of keys and values into a static cache."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,13 +27,12 @@ def rope_cache_reference(
         k_cache: [batch, heads, length, head_dim], q's dtype.
         v_cache: [batch, heads, length, value_dim], q's dtype.
         cos: [batch or 1, 1, tokens or 1, head_dim], or half of head_dim where both halves share it.
-        sin: cos's shape.
-        positions: [tokens], integers; a negative one counts from the end. Of equal ones any may be the last.
+        sin: the same shape as cos.
+        positions: [tokens], integers; negative ones count from the end. Which of several equal ones wins is undefined.
         rotary_rounding: one of `RotaryRounding`.
 
     Returns:
-        (q_out, k_cache, v_cache): rotated queries in the shape and the dtype of q, contiguous, and the caches as they
-        are afterwards.
+        (q_out, k_cache, v_cache): rotated queries in the shape and dtype of q, contiguous, and the updated caches.
 
     Raises:
         IndexError: a position lies outside of the cache.
@@ -55,17 +54,17 @@ def cached_sample(
     batch: int, heads: tuple[int, int], tokens: int, widths: tuple[int, int], length: int, angles: tuple[int, int],
     dtype: torch.dtype, rounding: RotaryRounding,
 ) -> Sample:  # fmt: skip
-    """Arguments of `rope_cache_reference`.
+    """A sample for `rope_cache_reference`.
 
     Args:
-        batch: rows.
-        heads: of queries, and of keys and values.
-        tokens: of a row.
-        widths: of heads of keys, and of values.
-        length: of the caches.
-        angles: rows of the batch that have their own, and angles of a head.
-        dtype: of activations and caches.
-        rounding: of the rotation.
+        batch: rows of the batch.
+        heads: heads of queries, and of keys and values.
+        tokens: tokens of a row.
+        widths: head dimensions of keys and of values.
+        length: length of the caches.
+        angles: rows of the batch with their own angles, and angles of a head.
+        dtype: dtype of activations and caches.
+        rounding: rounding of the rotation.
     """
     q_heads, kv_heads = heads
     width, value_width = widths
@@ -91,7 +90,7 @@ CACHED_SAMPLES = (
     cached_sample(1, (3, 1), 5, (6, 10), 11, (1, 6), torch.float32, RotaryRounding.PRODUCTS),
     cached_sample(2, (4, 4), 3, (128, 64), 5, (2, 64), torch.bfloat16, RotaryRounding.FP32),
 )
-"""Of the first, the caches are as long as there are tokens."""
+"""In the first sample, the caches are as long as there are tokens."""
 
 DRAWS: Mapping[str, Draw | Indices] = {**ANGLES, **POSITIONS}
 SCHEMA = (

@@ -1,16 +1,16 @@
-"""Keys and values that are written into a static cache, as post-grad graphs of Hugging Face's `StaticCache` have it.
+"""Writes of keys and values into a static cache, as in post-grad graphs of Hugging Face's `StaticCache`.
 
     written = index_put(cache, [None, None, positions], x)          x [batch, heads, tokens, head_dim]
     ...                                                             attention reads `written`
     copy_(cache, written)                                           at the end of the graph
 
-`cache` is an input of the graph: Inductor then writes to it in place. That it may do so for a fused op as well, and
-that nobody sees the difference, is what is checked here: nothing else reads the cache as it was, it is written once,
-and it shares memory with no other input.
+`cache` is an input of the graph, so Inductor writes to it in place. The checks here make sure that a fused op may do so
+too, unobserved: nothing else reads the cache before the write, it is written once, and it shares memory with no other
+input.
 
-Keys and values are raised together, since they share their positions. Where the keys are what a rotary embedding of
-normed keys yields, the two writes are one op; where they are rotated and weren't normed, that rotation and the one of
-the queries belong to it.
+Keys and values are raised together, since they share their positions. Where the keys come from a rotary embedding of
+normed keys, the two writes are one op. Where they are rotated but not normed, the op includes the rotations of keys and
+queries.
 """
 
 from collections.abc import Sequence
@@ -36,10 +36,10 @@ from fuseplan.rules.parts.rotary.op import rotary_embedding
 from fuseplan.rules.parts.rotary.spellings import Rotation, is_normed, read_rotations
 
 TOKENS = 2
-"""The dimension of tokens in a cache, and in what is written to it."""
+"""The dimension of tokens in a cache, and in the tensor written to it."""
 
 MOST_BETWEEN = 10
-"""Ops between the root of a rotation that isn't recognised and a write of what is rotated."""
+"""The most ops between the root of an unrecognised rotation and the write of its result."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +47,10 @@ class _Write:
     """A tensor that is written into a cache.
 
     Attributes:
-        node: the write; its value is the cache afterwards.
-        cache: before it.
-        x: what is written.
-        positions: where.
+        node: the write; its value is the updated cache.
+        cache: the cache before the write.
+        x: the tensor to write.
+        positions: the positions to write to.
     """
 
     node: Call
@@ -61,7 +61,7 @@ class _Write:
 
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """What becomes one op: writes of keys and values, and the rotations of queries and keys where it has them."""
+    """The nodes of one op: writes of keys and values, and the rotations of queries and keys if the op includes them."""
 
     keys: _Write
     values: _Write
@@ -69,13 +69,13 @@ class _Found:
 
     @property
     def region(self) -> set[fx.Node]:
-        """The nodes that it stands for."""
+        """The nodes that the op replaces."""
         rotated = [node for each in self.rotations or () for node in each.interior]
         return {self.keys.node, self.values.node, *rotated}
 
     @property
     def arguments(self) -> tuple[fx.Node | str, ...]:
-        """Of the op."""
+        """The arguments of the op."""
         k, v = self.keys, self.values
         if self.rotations is None:
             return k.x, v.x, k.cache, v.cache, k.positions
@@ -86,7 +86,7 @@ class _Found:
 
     @property
     def is_legal(self) -> bool:
-        """Whether all of it can be done at once."""
+        """Whether one op can replace the region."""
         return is_convex(self.region, [each for each in self.arguments if isinstance(each, fx.Node)])
 
     def raise_in(self, canonical: CanonicalGraph) -> None:
@@ -139,14 +139,14 @@ def raise_cache_writes(canonical: CanonicalGraph) -> None:
 
 
 def _op_for(x: object, rotations: dict[fx.Node, Rotation]) -> DialectOp | None:
-    """What a write of rotated keys becomes; None of anything else."""
+    """The op for a write of rotated keys; None for other writes."""
     if is_item(x) and is_dialect(x.args[0], rotary_embedding):
         return cache_write
     return cached_rotary if x in rotations else None
 
 
 def _is_appended(cat: Call) -> bool:
-    """Whether it appends tokens to a cache [batch, heads, tokens, head_dim] that the graph is given."""
+    """Whether it appends tokens to a cache [batch, heads, tokens, head_dim] that is an input of the graph."""
     parts, dim = (*cat.args, 0)[:2]
     value = tensor_of(cat)
     return (
@@ -159,7 +159,7 @@ def _is_write(node: fx.Node) -> bool:
 
 
 def _read(node: Call) -> _Write | None:
-    """A write at positions along the tokens of [batch, heads, tokens, head_dim], None of any other."""
+    """A write at positions along the tokens of [batch, heads, tokens, head_dim]; None for any other."""
     cache, indices, x, value = node.args[0], node.args[1], node.args[2], tensor_of(node)
     if value is None or value.dim() != 4 or len(indices) <= TOKENS:
         return None
@@ -171,7 +171,7 @@ def _read(node: Call) -> _Write | None:
 
 
 class _Search:
-    """What belongs to the writes of one graph; nothing belongs to two."""
+    """A search for the nodes that belong to each write of a graph; no node belongs to two."""
 
     def __init__(self, canonical: CanonicalGraph, writes: Sequence[_Write], rotations: dict[fx.Node, Rotation]) -> None:
         self.canonical, self.writes, self.rotations = canonical, writes, rotations
@@ -184,10 +184,10 @@ class _Search:
                 self.inputs.setdefault(storage_of(value), []).append(node)
 
     def around(self, keys: _Write) -> _Found:
-        """All that is one op with a write of rotated keys.
+        """The nodes that become one op with a write of rotated keys.
 
         Raises:
-            Unraised: it can't be one.
+            Unraised: they can't be one op.
         """
         self._check(keys)
         values = self._values(keys)
@@ -212,7 +212,7 @@ class _Search:
         return found
 
     def _values(self, keys: _Write) -> list[_Write]:
-        """Writes of what isn't rotated at the positions of the keys that a fused op can do, the nearest first.
+        """Writes of unrotated tensors at the positions of the keys that a fused op can do, the nearest first.
 
         Raises:
             Unraised: there is none.
@@ -245,14 +245,14 @@ class _Search:
         return {node: place for place, node in enumerate(self.canonical.graph.nodes)}
 
     def _is_unbroken(self, found: _Found) -> bool:
-        """Whether no op that writes in place stands between its nodes."""
+        """Whether there is no in-place op between its nodes."""
         return len({self.canonical.region[node] for node in found.region}) == 1
 
     def _check(self, write: _Write) -> None:
-        """Refuses a write that a fused op can't do, or not in place.
+        """Refuses a write that a fused op can't do, or can't do in place.
 
         Raises:
-            Unraised: it is one.
+            Unraised: the write is refused.
         """
         self._check_memory(write)
         cache, x, positions = (tensor_of(each) for each in (write.cache, write.x, write.positions))

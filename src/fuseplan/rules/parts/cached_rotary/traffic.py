@@ -1,7 +1,7 @@
-"""What rotary embedding and writing into a cache cost: bytes, and the kernels that Inductor makes of it.
+"""Traffic of rotary embedding and writes into a cache: bytes, and the kernels that Inductor makes of them.
 
-Without a fusion that is one kernel which rotates the queries, one which rotates the keys and writes them into their
-cache, and one which writes the values into theirs.
+Without a fusion there are three kernels: one rotates the queries, one rotates the keys and writes them into their
+cache, and one writes the values into theirs.
 """
 
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ EAGER_BYTES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class CachedRegion:
-    """What is rotated and written, at one size.
+    """The rotations and writes of one op, at one size.
 
     Attributes:
-        tokens: of all rows of the batch.
+        tokens: tokens of all rows of the batch.
         q_heads: heads of the queries.
-        heads: of keys and values.
-        width: of a head of queries and keys.
-        value_width: of a head of values.
-        angles: cosines and sines a token.
+        heads: heads of keys and values.
+        width: head dimension of queries and keys.
+        value_width: head dimension of values.
+        angles: number of cosines and sines of a token.
         itemsize: bytes of an element.
-        cache_bytes: of both caches.
+        cache_bytes: bytes of both caches.
     """
 
     tokens: int
@@ -42,11 +42,11 @@ class CachedRegion:
         return self.tokens * self.angles * self.itemsize
 
     def _bytes(self, heads: int, width: int) -> int:
-        """What reading and writing so many heads moves."""
+        """Bytes read and written for this many heads."""
         return 2 * self.tokens * heads * width * self.itemsize
 
     def unfused(self, clock: Clock) -> tuple[Kernel, ...]:
-        """As Inductor leaves it."""
+        """The kernels of the unfused graph."""
         return (
             clock.local("rotary", self._bytes(self.q_heads, self.width) + self._angle_bytes),
             clock.local("rotary+cache_write", self._bytes(self.heads, self.width) + self._angle_bytes),
@@ -54,7 +54,7 @@ class CachedRegion:
         )
 
     def fused(self, clock: Clock, *, eager: bool) -> tuple[Kernel, ...]:
-        """All of it as one kernel, or by the reference, op by op, which copies the caches and copies them back."""
+        """One kernel for all, or the reference's kernels, op by op, with copies of the caches and copies back."""
         if eager:
             rotated = clock.local("eager", EAGER_BYTES * self.tokens * self.q_heads * self.width)
             return (rotated,) * Rotation.eager_kernels + (clock.local("copy", 2 * self.cache_bytes),) * 2

@@ -1,4 +1,4 @@
-"""Attention op by op, as a model writes it in plain PyTorch: with a soft-cap of its scores, and with sinks."""
+"""Attention op by op, as in a model's plain PyTorch, optionally with a soft-cap of its scores and with sinks."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -28,19 +28,19 @@ def eager_attention_reference(
         k: [batch, heads, keys, head_dim] in q's dtype; q_heads is a multiple of heads, and neighbouring query heads
             share one.
         v: [batch, heads, keys, value_dim] in q's dtype.
-        mask: added to the scores, in q's dtype, broadcasts to [batch, q_heads, queries, keys]; None: nothing is added.
-        sinks: [q_heads] in q's dtype: a logit more of every query of a head, which takes weight and has no value; None:
-            there is none.
-        scale: of the scores.
-        softcap: what scores stay below; None: they stay as they are.
+        mask: added to the scores, in q's dtype, broadcasts to [batch, q_heads, queries, keys]; None: no mask.
+        sinks: [q_heads] in q's dtype: an additional logit for every query of a head, which takes weight and has no
+            value; None: no sinks.
+        scale: multiplies the scores.
+        softcap: bounds the scores; None: no bound.
         rounding: one of `AttentionRounding`.
 
     Returns:
         [batch, q_heads, queries, value_dim] in q's dtype, contiguous.
 
     Raises:
-        ValueError: `rounding` is none of these.
-        RuntimeError: shapes don't fit, as eager mode says it.
+        ValueError: `rounding` isn't one of `AttentionRounding`.
+        RuntimeError: shapes don't fit; the message is eager mode's.
     """
     if AttentionRounding(rounding) is AttentionRounding.FLOAT32 and q.dtype != compute_dtype(q.dtype):
         q_wide, k, v = (each.float() for each in (q, k, v))
@@ -82,7 +82,7 @@ class _Sizes:
     dtype: torch.dtype = torch.bfloat16
 
     def sample(self) -> Sample:
-        """Arguments; narrow dtypes round as eager mode does."""
+        """A sample; in narrow dtypes it rounds as eager mode does."""
         q_heads, heads = self.heads
 
         def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""A softmax over the last dimension, as post-grad graphs have it, on CUDA by torch's prim for online softmax."""
+"""A softmax over the last dimension, as post-grad graphs spell it; on CUDA by torch's prim for online softmax."""
 
 from dataclasses import dataclass
 
@@ -12,9 +12,9 @@ class Softmax:
     """A softmax over the last dimension.
 
     Attributes:
-        source: what it is of.
-        result: what it yields.
-        inside: the nodes of it.
+        source: its input.
+        result: its result.
+        inside: its nodes.
     """
 
     source: fx.Node
@@ -23,7 +23,7 @@ class Softmax:
 
 
 def softmax_of(exp: Call) -> Softmax | None:
-    """The softmax that an exponential belongs to; None where it belongs to none."""
+    """The softmax that an exponential belongs to, if any."""
     centred = exp.args[0]
     if not is_call(centred, aten.sub.Tensor) or len(centred.args) != 2 or centred.kwargs:
         return None
@@ -50,7 +50,7 @@ def softmax_of(exp: Call) -> Softmax | None:
 
 
 def keeps_last(reduction: Call, value: Tensor) -> bool:
-    """Whether a reduction is one over the last dimension, which it keeps."""
+    """Whether a reduction is over the last dimension alone and keeps it."""
     dims = reduction.args[1:2] or ([],)
     return (
         [dim % value.dim() for dim in dims[0]] == [value.dim() - 1] and reduction.args[2:] == (True,)
@@ -59,7 +59,7 @@ def keeps_last(reduction: Call, value: Tensor) -> bool:
 
 
 def maximum_of(node: object, of: fx.Node) -> list[fx.Node]:
-    """The nodes that take the maximum over the last dimension; none where the node is none of that."""
+    """The nodes of a maximum over the last dimension; none where the node isn't one."""
     value = tensor_of(of)
     if value is None:
         return []

@@ -1,7 +1,7 @@
-"""Attention that a model spells out, as post-grad graphs have it; reshapes between three dimensions and four aside.
+"""Attention that a model spells out, in post-grad graphs, without the reshapes between three and four dimensions.
 
 scores   = bmm(q, permute(k)) [* scale] [/ cap -> tanh -> * cap] [+ mask] [-> cat(scores, expand(sinks)) [- amax]]
-weights  = exp(x - amax(x)) / sum(exp)     of x = scores, cast to float32;  or by prims.prepare_softmax_online(x)
+weights  = exp(x - amax(x)) / sum(exp)     x = scores, cast to float32;  or by prims.prepare_softmax_online(x)
 y        = bmm(weights, cast back [, without the sinks' column], v)
 
 k and v may be copies of heads that several queries share, as in `fuseplan.rules.parts.attention.spellings`.
@@ -38,27 +38,27 @@ from fuseplan.rules.parts.eager_attention.op import eager_attention
 from fuseplan.rules.parts.eager_attention.softmax import Softmax, maximum_of, softmax_of
 
 FAR = 16
-"""Ops between a product and the softmax up to which both are taken to be attention's."""
+"""The most ops between a product and a softmax that are taken for attention."""
 
 DTYPES = (*LOW_PRECISION, torch.float32)
 DIVS = (aten.div.Tensor, aten.div.Scalar)
-TURNED = [0, 1, 3, 2]
+TRANSPOSED = [0, 1, 3, 2]
 
 
 @dataclass
 class _Scores:
-    """What is done to scores on their way to the softmax.
+    """The ops on scores up to the softmax.
 
     Attributes:
-        value: the scores, in four dimensions; None: not so far.
-        scale: all numbers that they are multiplied by.
-        divided: (the scale before, the number) of the last op, where that was a division.
-        is_capped: whether a tanh was taken.
-        softcap: what its result was multiplied by.
-        is_shifted: whether the largest was taken away.
-        mask: what is added.
-        sinks: of each head.
-        inside: the nodes that do all this.
+        value: the scores, in four dimensions; None: not found yet.
+        scale: the product of all numbers that multiply the scores.
+        divided: (the scale before, the divisor) of the last op, if it was a division.
+        is_capped: whether there was a tanh.
+        softcap: the number that multiplies the tanh.
+        is_shifted: whether the largest score was subtracted.
+        mask: the mask that is added.
+        sinks: the sinks, one a head.
+        inside: the nodes of these ops.
     """
 
     value: fx.Node | None = None
@@ -73,7 +73,7 @@ class _Scores:
 
 
 def raise_eager_attention(canonical: CanonicalGraph) -> None:
-    """Raises attention that is spelled out; what has both its products and isn't raised is a near miss."""
+    """Raises attention that is spelled out; a softmax between two products that can't be raised is a near miss."""
     for exp in canonical.calls(aten.exp.default):
         softmax = softmax_of(exp)
         before = path_between(softmax.source, _is_product, "inputs", FAR) if softmax else None
@@ -99,7 +99,7 @@ def _raise(
     assert scores.value is not None
     shape = _value(scores.value).shape
     weights = _read_weights(softmax, behind[0][1:], product, scores)
-    q, turned, v = (_four(*each, shape) for each in ((first, 0), (first, 1), (product, 1)))
+    q, transposed, v = (_four(*each, shape) for each in ((first, 0), (first, 1), (product, 1)))
     result = _result(product, [*shape[:3], _value(v).shape[3]])
     _check_readers([first, *scores.inside], softmax.inside, "the tensor of scores")
     _check_readers(
@@ -108,8 +108,8 @@ def _raise(
     region = [first, *scores.inside, *softmax.inside, *weights, product, result]
     if len({canonical.region[node] for node in region}) > 1:
         raise Unraised(Reason.MUTATION, "an in-place op stands between its products", product)
-    dtype = _dtype([q, turned, v, *(each for each in (scores.mask, scores.sinks) if each is not None)], softmax)
-    k, v = _unshared(canonical, _keys(canonical, turned, first), v)
+    dtype = _dtype([q, transposed, v, *(each for each in (scores.mask, scores.sinks) if each is not None)], softmax)
+    k, v = _unshared(canonical, _keys(canonical, transposed, first), v)
     rounding = AttentionRounding.FLOAT32 if dtype is torch.float32 else AttentionRounding.EAGER
     arguments = (q, k, v, scores.mask, scores.sinks, scores.scale, scores.softcap, rounding.value)
     canonical.raise_op(eager_attention, arguments, (result,))
@@ -122,10 +122,10 @@ def _value(node: object) -> Tensor:
 
 
 def _dtype(tensors: Sequence[fx.Node], softmax: Softmax) -> torch.dtype:
-    """That of all tensors.
+    """The dtype of all tensors.
 
     Raises:
-        Unraised: there are several, it isn't one of activations, or the softmax isn't computed in float32.
+        Unraised: they have several, it isn't a dtype of activations, or the softmax isn't computed in float32.
     """
     found = sorted({dtype_name(each) for each in tensors})
     dtype = _value(tensors[0]).dtype
@@ -145,10 +145,10 @@ def _dtype(tensors: Sequence[fx.Node], softmax: Softmax) -> torch.dtype:
 
 
 def _read_scores(product: fx.Node, steps: Sequence[fx.Node]) -> _Scores:
-    """What stands between the first product and the softmax.
+    """Reads the ops between the first product and the softmax.
 
     Raises:
-        Unraised: something that attention doesn't have.
+        Unraised: one of them is no part of attention.
     """
     scores, last = _Scores(), product
     for step in steps:
@@ -168,7 +168,7 @@ def _read_scores(product: fx.Node, steps: Sequence[fx.Node]) -> _Scores:
 
 
 def _arranged(scores: _Scores, step: fx.Node) -> bool:
-    """Whether a step makes four dimensions of three, or does nothing."""
+    """Whether a step reshapes three dimensions to four, or does nothing."""
     if scores.value is None and is_call(step, *RESHAPES):
         value, inner = _value(step), _value(step.args[0])
         if value.dim() == 4 and equal_sizes(value.shape[2:], inner.shape[1:]):
@@ -192,7 +192,7 @@ def _scaled(scores: _Scores, step: fx.Node, last: fx.Node) -> bool:
         scores.divided = (scores.scale, number) if divides else None
         scores.scale = scores.scale / number if divides else scores.scale * number
         return True
-    # cap * tanh(x / cap), and the scale is that of x.
+    # cap * tanh(x / cap): the scale is the scale of x.
     before, divisor = scores.divided or (0.0, 0.0)
     scores.scale = before if divisor == number else scores.scale * number
     scores.softcap = number
@@ -200,7 +200,7 @@ def _scaled(scores: _Scores, step: fx.Node, last: fx.Node) -> bool:
 
 
 def _number(step: fx.Node, last: fx.Node, targets: Sequence[Any]) -> float | None:
-    """By what a step multiplies the one before it, or divides it; None where it does neither by a number."""
+    """The number by which a step multiplies or divides the result of the one before it; None for any other step."""
     if not is_call(step, *targets) or len(step.args) != 2 or step.kwargs or step.args[0] is not last:
         return None
     number = step.args[1]
@@ -208,7 +208,7 @@ def _number(step: fx.Node, last: fx.Node, targets: Sequence[Any]) -> float | Non
 
 
 def _added(scores: _Scores, step: fx.Node, last: fx.Node) -> bool:
-    """Whether a step adds a mask, appends sinks, or takes the largest score away."""
+    """Whether a step adds a mask, appends sinks, or subtracts the largest score."""
     if scores.value is None or (scores.is_capped and scores.softcap is None):
         return False
     shape = _value(scores.value).shape
@@ -217,7 +217,7 @@ def _added(scores: _Scores, step: fx.Node, last: fx.Node) -> bool:
         if isinstance(mask, fx.Node) and mask is not last and not scores.sinks and _broadcasts(mask, shape):
             scores.mask = mask
             return True
-    # A softmax is the same whatever is added to all of its scores, but not where sinks stand beside them.
+    # Shifting all scores of a query doesn't change the softmax, unless there are sinks beside the scores.
     if is_call(step, aten.cat.default) and not scores.sinks and not scores.is_shifted:
         parts, dim = step.args[0], step.args[1] if len(step.args) > 1 else 0
         if dim % 4 == 3 and len(parts) == 2 and parts[0] is last:
@@ -232,7 +232,7 @@ def _added(scores: _Scores, step: fx.Node, last: fx.Node) -> bool:
 
 
 def _sinks(node: object, shape: Sequence[Any]) -> fx.Node | None:
-    """[q_heads] of which a column of scores is made; None where it isn't."""
+    """The sinks [q_heads] that a column of scores is expanded from; None for any other column."""
     if not _broadcasts(node, [*shape[:3], 1]) or tensor_of(node) is None:
         return None
     while isinstance(node, fx.Node) and (is_call(node, aten.expand.default, *RESHAPES) or is_noop(node)):
@@ -253,7 +253,7 @@ def _broadcasts(node: object, shape: Sequence[Any]) -> bool:
     return all(equal_size(a, b) or equal_size(a, 1) for a, b in zip(value.shape[::-1], shape[::-1], strict=False))
 
 
-# Weights, and what both products multiply.
+# Weights, and the operands of both products.
 
 
 def _read_weights(
@@ -262,7 +262,7 @@ def _read_weights(
     """The nodes between the softmax and the second product.
 
     Raises:
-        Unraised: something that attention doesn't have is among them.
+        Unraised: one of them is no part of attention.
     """
     shape, last, has_column = _value(scores.value).shape, softmax.result, scores.sinks is not None
     for step in steps:
@@ -286,7 +286,7 @@ def _read_weights(
 
 
 def _is_random(step: fx.Node) -> bool:
-    """Whether what a step reads is drawn."""
+    """Whether a step reads random numbers."""
     return any(path_between(each, _draws, "inputs", FAR) for each in step.all_input_nodes)
 
 
@@ -298,7 +298,7 @@ def _draws(node: fx.Node) -> bool:
 
 
 def _four(product: fx.Node, place: int, shape: Sequence[Any]) -> fx.Node:
-    """What a product multiplies, in four dimensions of which the first two are those of scores.
+    """An operand of a product, in four dimensions; the first two are the batch and heads of the scores.
 
     Raises:
         Unraised: it has no such dimensions.
@@ -314,21 +314,21 @@ def _four(product: fx.Node, place: int, shape: Sequence[Any]) -> fx.Node:
     return node
 
 
-def _keys(canonical: CanonicalGraph, turned: fx.Node, product: fx.Node) -> fx.Node:
-    """[batch, heads, keys, head_dim] of keys whose last dimensions have changed places."""
-    if is_call(turned, aten.permute.default) and [dim % 4 for dim in turned.args[1]] == TURNED:
-        node = turned.args[0]
+def _keys(canonical: CanonicalGraph, transposed: fx.Node, product: fx.Node) -> fx.Node:
+    """The keys [batch, heads, keys, head_dim] before their last two dimensions were transposed."""
+    if is_call(transposed, aten.permute.default) and [dim % 4 for dim in transposed.args[1]] == TRANSPOSED:
+        node = transposed.args[0]
         while is_noop(node):
             node = node.args[0]
         return node  # type: ignore[no-any-return]
-    value = _value(turned)
+    value = _value(transposed)
     with value.fake_mode if hasattr(value, "fake_mode") else torch.no_grad():
-        back = value.permute(TURNED)
-    return canonical.insert_before(product, aten.permute.default, (turned, TURNED), back)
+        back = value.permute(TRANSPOSED)
+    return canonical.insert_before(product, aten.permute.default, (transposed, TRANSPOSED), back)
 
 
 def _unshared(canonical: CanonicalGraph, k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Keys and values before heads were copied for queries that share them; as they are where copies aren't alike."""
+    """Keys and values before their heads were copied for queries; the copies where those of both differ."""
     sides = repeated(k), repeated(v)
     if sides[0] is None or sides[1] is None:
         return k, v
@@ -343,7 +343,7 @@ def _result(product: fx.Node, shape: Sequence[Any]) -> fx.Node:
     """The second product in four dimensions.
 
     Raises:
-        Unraised: nobody reads it so.
+        Unraised: it isn't reshaped to four dimensions.
     """
     for user in product.users:
         if is_call(user, *RESHAPES) and equal_sizes(_value(user).shape, shape):
@@ -352,10 +352,10 @@ def _result(product: fx.Node, shape: Sequence[Any]) -> fx.Node:
 
 
 def _check_readers(nodes: Sequence[fx.Node], further: Iterable[fx.Node], what: str, mend: str | None = None) -> None:
-    """Refuses values that are read outside.
+    """Refuses values with readers outside of the attention.
 
     Raises:
-        Unraised: one is.
+        Unraised: one has such a reader.
     """
     inside = {*nodes, *further}
     for node in nodes:

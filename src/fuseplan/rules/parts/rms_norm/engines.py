@@ -1,4 +1,4 @@
-"""RMSNorm as vLLM's graphs have it: see `fuseplan.graph.canonical.engines`."""
+"""RMSNorm in vLLM's graphs: see `fuseplan.graph.canonical.engines`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -36,7 +36,7 @@ def _ir_add_norm(
 def _convention(
     canonical: CanonicalGraph, op: DialectOp, node: fx.Node, values: Mapping[str, Any], narrow: Rounding, wide: Rounding
 ) -> Rounding | None:
-    """How a norm of `vllm_ir` rounds: it multiplies in the weight's dtype, and rounds to the activation's after it."""
+    """The rounding of a `vllm_ir` norm: it multiplies in the weight's dtype, then rounds to the activation's."""
     if values.get("variance_size") is not None:
         detail = f"the variance is taken over the first {values['variance_size']} elements"
         canonical.refuse(
@@ -56,7 +56,7 @@ def _convention(
 
 
 def _lacks_weight(canonical: CanonicalGraph, op: DialectOp, node: fx.Node, values: Mapping[str, Any]) -> bool:
-    """Whether a norm only scales, as its argument says."""
+    """Whether a norm has no weight, by its argument."""
     if values["weight"] is not None:
         return False
     canonical.refuse(op, read_at(node), Reason.OP, "RMSNorm not recognised: it has no weight", node=node, place=node)

@@ -1,6 +1,6 @@
-"""`rsqrt(mean(x ** 2, -1, keepdim=True) + eps)`, the heart of an RMSNorm, and what looks like it.
+"""`rsqrt(mean(x ** 2, -1, keepdim=True) + eps)`, the heart of an RMSNorm, and its lookalikes.
 
-The root may be written as a power of -0.5: it is computed in the same dtype, and rounded where `rsqrt` is.
+The root may be written as a power of -0.5, which has the dtype and the rounding of `rsqrt`.
 """
 
 import operator
@@ -30,7 +30,7 @@ MINIMA = (aten.clamp_min.default, aten.clamp.default, aten.maximum.default)
 STEPS = (
     *ADDS, *MULS, *QUOTIENTS, *MINIMA, *RESHAPES, aten.unsqueeze.default, aten.expand.default, convert_element_type,
 )  # fmt: skip
-"""What may stand between the root and the mean of something like a norm."""
+"""Ops that may be between the root and the mean in something like a norm."""
 MOST_STEPS = 4
 
 CONSTANT_EPSILON = "make epsilon a Python float"
@@ -46,14 +46,14 @@ AUTOMATIC_EPSILON = (
 
 @dataclass(frozen=True, kw_only=True)
 class MeanSquare:
-    """A root of a mean square, or of what looks like one.
+    """A root of a mean square, or of a lookalike.
 
     Attributes:
-        total: what is squared.
-        eps: what is added to the mean; 0 where nothing is.
+        total: the tensor to square.
+        eps: the number added to the mean; 0 without one.
         interior: every node from `total`, exclusive, to the root.
-        deviations: why it isn't one; empty where it is.
-        dynamic_eps: a Python float that Dynamo made an input, if epsilon is nothing else.
+        deviations: differences from a root of a mean square; empty where it is one.
+        dynamic_eps: the input that Dynamo made of a Python float, if epsilon is just that.
     """
 
     total: fx.Node
@@ -64,12 +64,12 @@ class MeanSquare:
 
     @property
     def lacks_epsilon(self) -> bool:
-        """Whether it would be one if epsilon were a constant. (Where the user asked for dynamic floats, it isn't.)"""
+        """Whether a constant epsilon is all that it lacks. (False where the user asked for dynamic floats.)"""
         return [each.mend for each in self.deviations] == [AUTOMATIC_EPSILON]
 
     @property
     def deviation(self) -> Unraised:
-        """All of them as one; the first is to blame."""
+        """All deviations as one error, at the node of the first."""
         first = self.deviations[0]
         mends = [each.mend for each in self.deviations]
         mend = None if None in mends else "; ".join(filter(None, mends))
@@ -77,13 +77,13 @@ class MeanSquare:
 
     @property
     def normalised(self) -> list[fx.Node]:
-        """`total`, and what that was cast from."""
+        """`total`, and the operand of the cast that yields it."""
         total = self.total
         return [total, total.args[0]] if is_call(total, convert_element_type) else [total]
 
 
 def mean_squares(graph: fx.Graph) -> list[tuple[fx.Node, MeanSquare]]:
-    """(root, what is under it) of everything in a graph that is or looks like the heart of a norm over rows."""
+    """(root, mean square) of each value in a graph that is or looks like the heart of a norm over rows."""
     roots = [node for target in ROOTS for node in graph.find_nodes(op="call_function", target=target)]
     found = ((root, _read(root)) for root in sorted(roots))
     return [(root, mean_square) for root, mean_square in found if mean_square is not None]
@@ -114,7 +114,7 @@ def _read(root: fx.Node) -> MeanSquare | None:
 
 
 def _of_the_root(root: fx.Node) -> list[Unraised] | None:
-    """What is to be said of the root itself; None where it isn't the root of a norm."""
+    """Deviations of the root itself; None where it isn't the root of a norm."""
     if root.target is aten.rsqrt.default:
         return []
     if is_call(root, aten.pow.Tensor_Scalar):
@@ -145,7 +145,7 @@ def _of_the_steps(steps: list[fx.Node]) -> list[Unraised]:
 
 
 def _dynamic_float(node: fx.Node) -> fx.Node | None:
-    """The Python float that a value is, where Dynamo made it an input: a float64 tensor of no dimension."""
+    """The input that Dynamo made of a Python float, a float64 tensor without dimensions, if the value is just that."""
     source = node.args[0] if is_call(node, convert_element_type) else node
     value = tensor_of(source)
     is_float = value is not None and value.dim() == 0 and value.dtype is torch.float64
@@ -153,7 +153,7 @@ def _dynamic_float(node: fx.Node) -> fx.Node | None:
 
 
 def _mean_of_squares(node: fx.Node, steps: list[fx.Node]) -> tuple[fx.Node, tuple[fx.Node, ...], list[Unraised]] | None:
-    """(what is squared, the nodes from the square to the mean, deviations), or None where it is something else."""
+    """(the squared tensor, the nodes from the square to the mean, deviations); None for any other value."""
     if not is_call(node, aten.mean.dim, aten.sum.dim_IntList):
         return None
     square, dims, keepdim = (*node.args, None, None)[:3]
@@ -191,13 +191,13 @@ def _mean_of_squares(node: fx.Node, steps: list[fx.Node]) -> tuple[fx.Node, tupl
 
 
 def _variance(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...], list[Unraised]] | None:
-    """The same of the variance of rows, which a LayerNorm divides by."""
+    """The same for the variance of rows, as in LayerNorm."""
     variance = node.args[0] if is_call(node, operator.getitem) and node.args[1] == 0 else node
     if not is_call(variance, aten.var_mean.correction, aten.var.correction):
         return None
     total, value = variance.args[0], tensor_of(variance.args[0])
     if value is None or list((*variance.args, None)[1] or ()) not in ([-1], [value.dim() - 1]):
-        return None  # of channels, groups or batches
+        return None  # a variance of channels, groups or batches
     return total, (variance, node), [_layer_norm(node)]
 
 

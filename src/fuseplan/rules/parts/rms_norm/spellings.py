@@ -10,8 +10,8 @@
 and before it, with a residual add, `x = a + residual` in the activation dtype, or `x32 = convert(a) +
 convert(residual)` with `residual_out = convert(x32, dtype)` in vLLM's form.
 
-The root may be a power of -0.5. A norm without a weight has one of ones, by which every convention multiplies exactly:
-a value that the graph gets once, where a fusion needs it.
+The root may be a power of -0.5. A norm without a weight gets a weight of ones, by which every convention multiplies
+exactly; a graph gets one such value, where a fusion needs it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -49,13 +49,13 @@ class _Norm:
     """An RMSNorm found in aten.
 
     Attributes:
-        total: what is normalised, in the dtype of the arithmetic.
-        weight: [hidden]; None where there is none.
+        total: the tensor to normalise, in the dtype of the arithmetic.
+        weight: [hidden]; None: no weight.
         eps: added to the mean square.
         rounding: the convention, as if there were no residual.
         y: the result.
         interior: every node from `total`, exclusive, to `y`.
-        rounded_to: what the normalised value is rounded to before the weight, None where it isn't.
+        rounded_to: the dtype that the normalised value is rounded to before the weight; None: it isn't rounded.
     """
 
     total: fx.Node
@@ -83,7 +83,7 @@ def raise_rms_norms(canonical: CanonicalGraph) -> None:
 
 
 def _merge_equal_casts(canonical: CanonicalGraph) -> None:
-    """Models that write `x.float()` twice mean one value."""
+    """Merges equal casts: a model that writes `x.float()` twice means one value."""
     first: dict[tuple[object, ...], fx.Node] = {}
     for cast in canonical.calls(convert_element_type):
         known = first.setdefault((*cast.args, canonical.region[cast]), cast)
@@ -93,9 +93,9 @@ def _merge_equal_casts(canonical: CanonicalGraph) -> None:
 
 def _read_norm(rsqrt: fx.Node, mean_square: MeanSquare) -> _Norm:
     total, eps, interior = mean_square.total, mean_square.eps, mean_square.interior
-    normed = _only_user(rsqrt, MULS, "the reciprocal root is multiplied to the input")
+    normed = _only_user(rsqrt, MULS, "the reciprocal root is multiplied by the input")
     if total not in normed.args:
-        raise Unraised(Reason.OP, "the reciprocal root is multiplied to something else than the input", normed)
+        raise Unraised(Reason.OP, "the reciprocal root is multiplied by something other than the input", normed)
     unweighted = _unweighted(normed, total)
     if unweighted is not None:
         rounding = Rounding.LLAMA if unweighted is normed else Rounding.GPT_OSS
@@ -125,12 +125,12 @@ def _read_norm(rsqrt: fx.Node, mean_square: MeanSquare) -> _Norm:
         tail = (*tail, y)
     rounding = Rounding.GEMMA if adds_one else Rounding.GPT_OSS
     if dtype_of(y) is dtype_of(total) and not adds_one:
-        rounding = Rounding.LLAMA  # nothing is cast anywhere: the conventions are one, and have one spelling
+        rounding = Rounding.LLAMA  # without casts, all conventions are the same and have one spelling
     return _Norm(total=total, weight=weight, eps=eps, rounding=rounding, y=y, interior=(*interior, *tail))
 
 
 def _unweighted(normed: fx.Node, total: fx.Node) -> fx.Node | None:
-    """The normalised value in the dtype of the input, if no weight is multiplied to it."""
+    """The normalised value in the dtype of the input, if it isn't multiplied by a weight."""
     y = normed
     if _input_dtype(total) in LOW_PRECISION:
         y = next(iter(normed.users))
@@ -144,7 +144,7 @@ def _unweighted(normed: fx.Node, total: fx.Node) -> fx.Node | None:
 def _strip_weight(factor: object) -> tuple[object, bool]:
     """(weight, whether 1 is added) of `convert(weight)` or `1 + convert(weight)`.
 
-    A sum in low precision is rounded before it is multiplied: it is a weight itself.
+    A sum in low precision is rounded before the product, so it counts as a weight itself.
     """
     adds_one = False
     if (
@@ -186,7 +186,7 @@ def _weight_of(canonical: CanonicalGraph, norm: _Norm) -> fx.Node:
 
 
 def _input_dtype(total: fx.Node) -> torch.dtype | None:
-    """The dtype of what was cast to `total`, looking through an addition of casts."""
+    """The dtype that `total` was cast from, looking through an addition of casts."""
     for node in (total, *(total.args if is_call(total, aten.add.Tensor) else ())):
         if is_call(node, convert_element_type) and dtype_of(node.args[0]) in LOW_PRECISION:
             return dtype_of(node.args[0])
@@ -218,7 +218,7 @@ def _raise(canonical: CanonicalGraph, norm: _Norm) -> None:
 
 
 def _addends(x: fx.Node) -> Sequence[object]:
-    """The addends of a sum in low precision, or of one in float32 that is rounded to it: bit for bit the same."""
+    """The addends of a sum in low precision, or of a float32 sum rounded to it, which is bit for bit the same."""
     if is_call(x, aten.add.Tensor):
         return x.args
     if is_call(x, convert_element_type) and is_call(x.args[0], aten.add.Tensor) and not x.args[0].kwargs:
@@ -236,7 +236,7 @@ def _raise_plain(canonical: CanonicalGraph, norm: _Norm, x: fx.Node) -> None:
 
 
 def _raise_wide_sum(canonical: CanonicalGraph, norm: _Norm, total: fx.Node) -> None:
-    """vLLM's form: the sum stays in float32, and is rounded for the residual stream alone or not at all."""
+    """vLLM's form: the sum stays in float32, and is rounded only for the residual stream or not at all."""
     dtype = norm.rounded_to or dtype_of(norm.y)
     narrow = [node.args[0] if is_call(node, convert_element_type) else node for node in total.args]
     if dtype not in [dtype_of(node) for node in narrow] or norm.rounding.adds_one:
@@ -295,9 +295,9 @@ def _raise_with_residual(
 
 
 def _is_output(canonical: CanonicalGraph, addend: fx.Node, other: fx.Node) -> bool:
-    """Whether of two addends this one is the block's output, and the other one the residual: what is all-reduced for
-    this sum alone, what is computed from an all-reduce for this sum alone, what is all-reduced and the other one
-    doesn't depend on, and then the deeper one.
+    """Whether an addend is the block's output, and the other one the residual. The output is, in this order: an
+    all-reduce read only by this sum; a value computed from an all-reduce and read only by this sum; an all-reduce that
+    the other addend doesn't depend on; the deeper addend.
     """
     mine, others = _certainty(addend, other), _certainty(other, addend)
     return mine > others if mine != others else canonical.is_deeper(addend, other)

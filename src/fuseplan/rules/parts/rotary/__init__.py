@@ -21,8 +21,8 @@ from fuseplan.rules.parts.traffic import Clock, Kernel, Middle, Region, Tail
 def _refuse_engines(
     canonical: CanonicalGraph, node: fx.Node, values: Mapping[str, Any], groups: Mapping[object, str]
 ) -> None:
-    """`_C::rotary_embedding(positions, query!, key!, head_size, cos_sin_cache, is_neox, ...)`, which is refused: it has
-    a table where the dialect has angles.
+    """Refuses `_C::rotary_embedding(positions, query!, key!, head_size, cos_sin_cache, is_neox, ...)`: it takes a table
+    where the dialect op takes angles.
     """
     table = tensor_of(values["cos_sin_cache"])
     size, rotated = values["head_size"], None if table is None else table.shape[-1]
@@ -39,18 +39,17 @@ def _refuse_engines(
 
 @dataclass(frozen=True, kw_only=True)
 class Rotation(Tail):
-    """A rotary embedding of normed queries, and of the normed keys beside them: a region of it has the norm of the
-    keys, too. Inductor makes one kernel of the queries and one of the keys, the fewest that it can be: two reductions
-    of other sizes.
+    """A rotary embedding of normed queries and normed keys; its region includes the norm of the keys. Inductor makes
+    one kernel of the queries and one of the keys. Fewer aren't possible: the two reductions differ in size.
 
     Attributes:
         q_heads: heads of the queries.
         k_heads: heads of the keys.
-        angles: cosines and sines a token.
-        values: elements of a token's values, where these and the keys are written into a cache behind it; 0: they
-            aren't. Inductor writes the keys in their kernel, and the values in one of their own.
-        cache_bytes: of both caches.
-        writes: whether a fusion that takes it writes the caches, too.
+        angles: number of cosines and sines of a token.
+        values: elements of a token's values, where they and the keys are written into a cache behind it; 0: they aren't
+            written. Inductor writes the keys in the keys' kernel, and the values in a separate one.
+        cache_bytes: bytes of both caches.
+        writes: whether a fusion that takes it also writes the caches.
     """
 
     q_heads: int
@@ -63,46 +62,46 @@ class Rotation(Tail):
     name, eager_kernels, kind = "rotary", 34, "rotary"
 
     def text(self, width: int) -> str:
-        """`rotary 32+8 heads`, and ` cached` where the keys are"""
+        """`rotary 32+8 heads`, with ` cached` where the keys are cached"""
         return f"{self.name} {self.q_heads}+{self.k_heads} heads{' cached' if self.values else ''}"
 
     def result_bytes(self, region: Region) -> int:
-        """Rotated queries and keys, and values that are written."""
+        """Bytes of rotated queries and keys, and of written values."""
         written = self._value_bytes(region) if self.writes else 0
         return self._heads_bytes(region, self.q_heads + self.k_heads) + written
 
     def read_bytes(self, region: Region) -> int:
-        """Queries, keys, angles and both weights, and values that are written."""
+        """Bytes of queries, keys, angles and both weights, and of written values."""
         rotated = self._rotated_bytes(region, self.q_heads + self.k_heads) + 2 * region.width * region.itemsize
         return rotated + (self._value_bytes(region) if self.writes else 0)
 
     def joined(self, clock: Clock, region: Region) -> tuple[Kernel, ...]:
-        """Norm and rotation of the queries, and of the keys; and the values' way into their cache."""
+        """Norm and rotation of the queries, the same of the keys, and the write of the values."""
         both = tuple(self._normed(clock, region, heads) for heads in (self.q_heads, self.k_heads))
         return (*both, *self._values_written(clock, region))
 
     def alone(self, clock: Clock, region: Region) -> tuple[Kernel, ...]:
-        """The rotation of normed queries, keys from their norm on, and values on their way into their cache."""
+        """The rotation of normed queries, norm and rotation of the keys, and the write of the values."""
         rotated = clock.local(self.name, self._rotated_bytes(region, self.q_heads) + region.row_bytes)
         return (rotated, self._normed(clock, region, self.k_heads), *self._values_written(clock, region))
 
     def behind(self, clock: Clock, region: Region) -> tuple[Kernel, ...]:
-        """Keys and values on their way into their caches, behind an op that doesn't write them."""
+        """The writes of keys and values into their caches, behind an op that doesn't write them."""
         if self.writes or not self.values:
             return ()
         keys = clock.local("cache_write", 2 * self._heads_bytes(region, self.k_heads))
         return (keys, *self._values_written(clock, region))
 
     def at_site(self) -> "Rotation":
-        """The rotation, whoever writes the caches."""
+        """The rotation, regardless of where the caches are written."""
         return replace(self, writes=False)
 
     def eager(self, clock: Clock, region: Region) -> tuple[Kernel, ...]:
-        """Copies of both caches, which the reference writes to, and back."""
+        """Copies of both caches for the reference to write to, and copies back."""
         return (clock.local("copy", 2 * self.cache_bytes),) * 2 * self.writes
 
     def eager_count(self, core: Middle) -> int:
-        """With those of the norm of the keys."""
+        """The number of eager kernels, including the norm of the keys."""
         return self.eager_kernels + core.eager_kernels
 
     def _normed(self, clock: Clock, region: Region, heads: int) -> Kernel:
@@ -116,7 +115,7 @@ class Rotation(Tail):
         return region.tokens // self.q_heads * self.values * region.itemsize
 
     def _rotated_bytes(self, region: Region, heads: int) -> int:
-        """What a rotation reads of so many heads and of the angles."""
+        """Bytes that a rotation reads: this many heads, and the angles."""
         return self._heads_bytes(region, heads) + region.tokens // self.q_heads * self.angles * region.itemsize
 
     def _heads_bytes(self, region: Region, heads: int) -> int:
@@ -124,7 +123,7 @@ class Rotation(Tail):
 
 
 def _found(core: fx.Node) -> list[fx.Node]:
-    """The rotary embeddings of which a norm's result is the queries."""
+    """The rotary embeddings that have a norm's result as their queries."""
     moved = [user for user in core.users if is_call(user, aten.permute.default)]
     readers = [reader for node in (core, *moved) for reader in node.users]
     rotary = [each for each in readers if is_dialect(each, rotary_embedding)]
@@ -132,20 +131,20 @@ def _found(core: fx.Node) -> list[fx.Node]:
 
 
 def _normed(value: object) -> list[fx.Node]:
-    """What stands between a rotary embedding and a norm, and the norm; empty where there is none."""
+    """The nodes from a rotary embedding back to a norm, inclusive; empty where there is no norm."""
     between = [value] if is_call(value, aten.permute.default) else []
     norm = between[0].args[0] if between else value
     return [*between, norm] if is_dialect(norm, rms_norm) else []
 
 
 def _beside(rotary: fx.Node) -> list[fx.Node]:
-    """The norm of the keys, transpositions, and what writes the keys into a cache."""
+    """The norm of the keys, transpositions, and the write of the keys into a cache."""
     write = _stored(rotary)
     return [*(node for source in rotary.args[:2] for node in _normed(source)), *([write] if write else [])]
 
 
 def _stored(rotary: fx.Node) -> fx.Node | None:
-    """What writes rotated keys into a cache."""
+    """The op that writes rotated keys into a cache."""
     keys = item(rotary, 1)
     return next((user for user in keys.users if is_dialect(user, cache_write)), None) if keys is not None else None
 
@@ -166,7 +165,7 @@ def _tail(rotary: fx.Node, core: fx.Node) -> Rotation:
 
 
 def _cached(tail: Rotation, rotary: fx.Node, write: fx.Node) -> Rotation:
-    """With what is written into caches [batch, heads, length, head_dim], of which rotated heads have the layout."""
+    """The tail with the writes into caches [batch, heads, length, head_dim], whose layout the rotated heads have."""
     q, k, v = (tensor_of(each) for each in (*rotary.args[:2], write.args[1]))
     assert q is not None and k is not None and v is not None
     return replace(

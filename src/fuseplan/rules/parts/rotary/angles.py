@@ -1,4 +1,4 @@
-"""Cosines and sines of rotary embeddings, as ops take them."""
+"""Cosines and sines of rotary embeddings, in the form that ops take."""
 
 from collections.abc import Collection
 

@@ -16,10 +16,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, rounding: str) -> Tensor:
     if cos.shape[-1] != x.shape[-1]:
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
     straight = x.to(wide) * cos.to(wide)
-    turned = torch.cat((-second, first), dim=-1) * sin.to(wide)
+    rotated = torch.cat((-second, first), dim=-1) * sin.to(wide)
     if RotaryRounding(rounding) is RotaryRounding.PRODUCTS:
-        straight, turned = straight.to(x.dtype).to(wide), turned.to(x.dtype).to(wide)
-    return (straight + turned).to(x.dtype).contiguous()
+        straight, rotated = straight.to(x.dtype).to(wide), rotated.to(x.dtype).to(wide)
+    return (straight + rotated).to(x.dtype).contiguous()
 
 
 def rotary_embedding_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rounding: str) -> tuple[Tensor, Tensor]:
@@ -29,9 +29,9 @@ def rotary_embedding_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, r
 
     Args:
         q: [..., head_dim], head_dim even.
-        k: [..., head_dim], q's dtype; another number of heads than q, as a rule.
+        k: [..., head_dim], q's dtype; usually with another number of heads.
         cos: [..., head_dim], or [..., head_dim / 2] where both halves share it; broadcasts to q and to k.
-        sin: cos's shape.
+        sin: the same shape as cos.
         rounding: one of `RotaryRounding`.
 
     Returns:
@@ -54,7 +54,7 @@ def draw_angles(shape: tuple[int, ...], device: torch.device, generator: torch.G
 
 
 HEADS = (4, 2)
-"""Of queries and of keys, in samples."""
+"""Numbers of heads of queries and of keys in samples."""
 
 
 def _rotary_sample(
@@ -62,8 +62,8 @@ def _rotary_sample(
 ) -> Sample:
     def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
         q, k = (random_tensor((*leading, heads, head_dim), dtype, device, generator) for heads in HEADS)
-        turn = torch.rand((*leading, 1, angles), generator=generator) * 2 * torch.pi
-        cos, sin = (part.to(device=device, dtype=dtype) for part in (turn.cos(), turn.sin()))
+        angle = torch.rand((*leading, 1, angles), generator=generator) * 2 * torch.pi
+        cos, sin = (part.to(device=device, dtype=dtype) for part in (angle.cos(), angle.sin()))
         return q, k, cos, sin, rounding.value
 
     name = f"{rows_of(leading)}-{head_dim}-{angles}-{str(dtype).removeprefix('torch.')}-{rounding}"

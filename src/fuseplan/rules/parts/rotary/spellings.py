@@ -3,11 +3,12 @@
     y = x * cos + cat(-x2, x1) * sin                          Hugging Face's `rotate_half`
     y = cat(x1 * cos - x2 * sin, x2 * cos + x1 * sin)         vLLM, Hugging Face GPT-OSS
 
-x1 and x2 are the halves of x, by slices or splits. Where x is cast to float32 before, or meets angles in float32, y is
-cast back. Queries and keys are raised together, since they share their angles: two tensors are taken to be a layer's
-queries and keys if they are rotated by the same cosines and sines and neither is computed from the other.
+x1 and x2 are the halves of x, by slices or splits. Where x is cast to float32 first, or multiplied by angles in
+float32, y is cast back. Queries and keys are raised together, since they share their angles: two tensors count as a
+layer's queries and keys if they are rotated by the same cosines and sines and neither is computed from the other.
 
-Where neither is normalised before, both stay as they are: `fuseplan.rules.parts.cache` reads what is cached of these.
+Queries and keys without a norm before them aren't raised here; if the keys are cached,
+`fuseplan.rules.parts.cached_rotary` raises both.
 """
 
 import operator
@@ -49,7 +50,7 @@ VIEWS = (
     *RESHAPES, *SPLITS, aten.expand.default, aten.permute.default, aten.slice.Tensor, aten.unsqueeze.default,
     convert_element_type, operator.getitem,
 )  # fmt: skip
-"""What models do to cosines and sines once for queries and once more for keys."""
+"""Ops that models apply to cosines and sines once for the queries and again for the keys."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -57,13 +58,13 @@ class Rotation:
     """A tensor that is rotated.
 
     Attributes:
-        root: the negation or the subtraction that it was found by.
-        x: what is rotated, in its dtype before any cast.
+        root: the negation or subtraction that the search started from.
+        x: the tensor to rotate, in its dtype before any cast.
         cos: broadcasts to x, or to its half.
-        sin: likewise.
+        sin: broadcasts to x, or to its half.
         y: the result, in x's dtype.
         rounding: where it rounds.
-        interior: the nodes from x, exclusive, to y that compute something.
+        interior: the nodes between x, exclusive, and y, inclusive.
     """
 
     root: fx.Node
@@ -76,7 +77,7 @@ class Rotation:
 
     @property
     def angles(self) -> Hashable:
-        """Equal for what may be a layer's queries and keys."""
+        """A key that a layer's queries and keys have in common."""
         return _identity(self.cos), _identity(self.sin), self.rounding, dtype_of(self.x)
 
 
@@ -105,9 +106,7 @@ def raise_rotary_embeddings(canonical: CanonicalGraph) -> None:
 
 
 def read_rotations(canonical: CanonicalGraph) -> Iterator[tuple[fx.Node, Rotation | Unraised]]:
-    """(the negation or subtraction by which it was found, a tensor that is rotated, or why what looks like it isn't
-    one), in graph order.
-    """
+    """(root, rotation) of each rotated tensor in graph order, or (root, error) of a lookalike."""
     for root in canonical.calls(aten.neg.default, aten.sub.Tensor):
         try:
             rotation = _read(root)
@@ -122,7 +121,7 @@ def _tell(canonical: CanonicalGraph, root: fx.Node, refused: Unraised) -> None:
 
 
 def _pairs(canonical: CanonicalGraph, found: Sequence[Rotation]) -> list[tuple[Rotation, Rotation]]:
-    """(queries, keys): of tensors with the same angles each and the next in graph order that can be one op with it."""
+    """Pairs (queries, keys): a rotation and the next one in graph order with the same angles that can share its op."""
     waiting = sorted(found, key=lambda each: each.y)
     pairs: list[tuple[Rotation, Rotation]] = []
     while waiting:
@@ -141,7 +140,7 @@ def _is_legal(first: Rotation, second: Rotation) -> bool:
 
 
 def _are_keys(first: Rotation, second: Rotation) -> bool:
-    """Whether the first of two is the keys: it has fewer heads, or it alone is written into a cache."""
+    """Whether the first rotation is of the keys: it has fewer heads, or it alone is written into a cache."""
     return _has_fewer_heads(first, second) or (
         _is_stored(first) and not _is_stored(second) and not _has_fewer_heads(second, first)
     )
@@ -159,7 +158,7 @@ def _has_fewer_heads(first: Rotation, second: Rotation) -> bool:
 
 
 def _identity(value: Any) -> Hashable:
-    """Equal for nodes whose values are equal because they are equal views of one node."""
+    """A key that equal views of one node have in common."""
     if isinstance(value, (list, tuple)):
         return tuple(map(_identity, value))
     if is_call(value, *VIEWS):
@@ -168,7 +167,7 @@ def _identity(value: Any) -> Hashable:
 
 
 def _checked(canonical: CanonicalGraph, rotation: Rotation) -> Rotation:
-    """The rotation, if nothing that a model can vary makes another op of it."""
+    """The rotation; raises where a detail that models vary makes it a different op."""
     x, cos, sin = map(tensor_of, (rotation.x, rotation.cos, rotation.sin))
     if x is None or cos is None or sin is None or not cos.dim():
         raise Unraised(Reason.OP, "its angles aren't tensors", rotation.root)
@@ -189,15 +188,15 @@ def _checked(canonical: CanonicalGraph, rotation: Rotation) -> Rotation:
 
 
 def _read(root: Call) -> Rotation | None:
-    """The rotation that a root is part of, None where it looks like none.
+    """The rotation that a root is part of; None where the root doesn't look like part of one.
 
     Raises:
-        Unraised: it looks like one and isn't.
+        Unraised: it looks like a rotation and isn't one.
     """
-    return _read_turned(root) if is_call(root, aten.neg.default) else _read_halves(root)
+    return _read_rotated(root) if is_call(root, aten.neg.default) else _read_halves(root)
 
 
-def _read_turned(neg: Call) -> Rotation | None:
+def _read_rotated(neg: Call) -> Rotation | None:
     """`x * cos + cat(-x2, x1) * sin`"""
     second = half_of(neg.args[0])
     if second is None or second.index != 1:
@@ -212,11 +211,11 @@ def _read_turned(neg: Call) -> Rotation | None:
         return None
     source = second.source
     _require_whole(source, neg)
-    turned = only_reader(cat, "the turned half")
-    total = only_reader(turned, "its product with the sines") if is_call(turned, *MULS) else turned
-    if not is_call(turned, *MULS) or not is_call(total, aten.add.Tensor) or total.kwargs:
-        raise Unraised(Reason.OP, "the turned half isn't multiplied by sines and added", total)
-    straight = total.args[1] if total.args[0] is turned else total.args[0]
+    rotated = only_reader(cat, "the rotated half")
+    total = only_reader(rotated, "its product with the sines") if is_call(rotated, *MULS) else rotated
+    if not is_call(rotated, *MULS) or not is_call(total, aten.add.Tensor) or total.kwargs:
+        raise Unraised(Reason.OP, "the rotated half isn't multiplied by sines and added", total)
+    straight = total.args[1] if total.args[0] is rotated else total.args[0]
     if not is_call(straight, *MULS) or source not in straight.args:
         raise Unraised(Reason.OP, "the value added to the rotated half isn't x times cosines", total)
     only_reader(straight, "the product of x and the cosines")
@@ -224,9 +223,9 @@ def _read_turned(neg: Call) -> Rotation | None:
         neg,
         source,
         other_operand(straight, source),
-        other_operand(turned, cat),
+        other_operand(rotated, cat),
         total,
-        (straight, turned),
+        (straight, rotated),
         (neg, cat, total),
     )
 
@@ -263,7 +262,7 @@ def _finish(
     root: fx.Node, source: fx.Node, cos: object, sin: object, result: fx.Node, products: Sequence[fx.Node],
     others: Sequence[fx.Node],
 ) -> Rotation:  # fmt: skip
-    """Where it rounds, by the dtypes of x, of its products and of the result."""
+    """The rotation, with its rounding read off the dtypes of x, the products and the result."""
     if not isinstance(cos, fx.Node) or not isinstance(sin, fx.Node):
         raise Unraised(Reason.OP, "its angles aren't tensors", root)
     is_cast = is_call(source, convert_element_type) and dtype_of(source.args[0]) in LOW_PRECISION
@@ -293,7 +292,7 @@ class _Product:
 
 
 def _products(node: object) -> list[_Product]:
-    """A product as a part times something: angles are halves of something, too, so that it can be read in two ways."""
+    """The readings of a product as a half times a factor: two where the angles are halves of a tensor as well."""
     if not is_call(node, *MULS):
         return []
     readings = ((half_of(part), factor) for part, factor in (node.args, node.args[::-1]))
@@ -301,18 +300,18 @@ def _products(node: object) -> list[_Product]:
 
 
 def _are_parts(first: _Product, second: _Product) -> bool:
-    """Whether two products have the two parts of one tensor."""
+    """Whether two products have the two halves of one tensor as operands."""
     one, other = first.part, second.part
     return one.source is other.source and (one.index, other.index) == (0, 1) and one.interleaved is other.interleaved
 
 
 def is_normed(node: fx.Node) -> bool:
-    """Whether a norm is near, towards the inputs."""
+    """Whether there is a norm nearby, towards the inputs."""
     return path_between(node, lambda node: is_dialect(node, rms_norm), "inputs") is not None
 
 
 def _joined(part: fx.Node) -> Call | None:
-    """The concatenation of two parts along the last dimension that is the one reader of a part."""
+    """The concatenation of two parts along the last dimension, if it is the only reader of the part."""
     (cat,) = part.users if len(part.users) == 1 else (None,)
     if not is_call(cat, aten.cat.default) or len(cat.args[0]) != 2:
         return None
