@@ -178,10 +178,7 @@ def test_options_that_contradict_the_lock_are_one_line(arguments: list[str], say
     ("arguments", "says"),
     [
         (["--device", "h20"], "did you mean 'h200'"),
-        (["--policy", "planed"], "unknown policy 'planed'"),
-        (["--policy", "ordered(act_pading)"], "did you mean 'act_padding'"),
         (["--provider", "tritonn"], "did you mean 'triton'"),
-        (["--force", "act_pading"], "did you mean 'act_padding'"),
         (["--range", "9:1"], "empty"),
         (["--tp", "0"], "at least 1"),
         (["--tp", "2147483648"], "tp=2147483648: allowed are at most 65536 ranks"),

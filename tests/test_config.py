@@ -5,8 +5,6 @@ import pytest
 import fuseplan
 from fuseplan.config import CompileRange, PassConfig, Policy, check_ranges
 from fuseplan.errors import ConfigError
-from fuseplan.rules import enabled_rules
-from fuseplan.rules.families import BUILT_IN_RULES
 
 
 @pytest.mark.parametrize(
@@ -26,6 +24,10 @@ from fuseplan.rules.families import BUILT_IN_RULES
         ({"compile_ranges": [(1, 8)]}, r"compile_ranges=\[\(1, 8\)\]: allowed are sequences"),
         ({"cost_table": 3}, "cost_table=3: allowed are None and paths of files"),
         ({"plan": {}}, "plan={}: allowed are None and paths of files"),
+        ({"force": "act_padding"}, "sequences of texts"),
+        ({"force": ["act_padding"], "policy": "off"}, "force needs policy planned"),
+        ({"node_budget": 0}, "integers of at least 1"),
+        ({"costs": "measurd"}, "did you mean 'measured'"),
     ],
 )
 def test_bad_flags_say_what_is_allowed(flags: dict[str, Any], message: str) -> None:
@@ -49,35 +51,6 @@ def test_policies_read_as_they_are_written() -> None:
         "act_padding",
         "allreduce_rms",
     )
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (
-            PassConfig(policy="ordered(act_padding)", fuse_act_padding=False),
-            "fuse_act_padding=False contradicts policy",
-        ),
-        (PassConfig(policy="ordered(act_padding)", fuse_norm_quant=True), "add norm_quant to the list"),
-        (PassConfig(policy="ordered(act_padding, quantum)"), "unknown rule 'quantum'"),
-    ],
-)
-def test_flags_that_contradict_the_policy(config: PassConfig, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        enabled_rules(config, BUILT_IN_RULES)
-
-
-def test_flags_thin_out_the_default_policy() -> None:
-    assert "act_padding" not in enabled_rules(PassConfig(fuse_act_padding=False), BUILT_IN_RULES)
-    assert "allreduce_rms" in enabled_rules(PassConfig(fuse_act_padding=False), BUILT_IN_RULES)
-    assert "act_padding" in enabled_rules(PassConfig(fuse_act_padding=True, fuse_allreduce_rms=True), BUILT_IN_RULES)
-
-
-def test_composed_rules_need_both_flags() -> None:
-    assert "allreduce_rms_padding" in enabled_rules(PassConfig(policy="off"), BUILT_IN_RULES)
-    for flag in ("fuse_act_padding", "fuse_allreduce_rms"):
-        config = PassConfig(policy="off", **{flag: False})  # type: ignore[arg-type]
-        assert "allreduce_rms_padding" not in enabled_rules(config, BUILT_IN_RULES)
 
 
 def test_ranges() -> None:

@@ -113,19 +113,6 @@ def test_tokens_are_the_product_of_leading_dimensions() -> None:
     assert tokens_of([1], {}) is None
 
 
-def test_models_with_different_configurations_do_not_leak() -> None:
-    first, second = Block(), Block(96)
-    fused, reports = compiled(first)
-    plain: list[fuseplan.Report] = []
-    unfused = fuseplan.compile(second, config=fuseplan.PassConfig(policy="off"), on_report=plain.append)
-    fused(randn(5, HIDDEN))
-    unfused(randn(5, 96))
-    fused(randn(5, HIDDEN))
-    assert [report.fused for report in reports] == [{"act_padding": 1}]
-    assert [report.matched["act_padding"] for report in plain] == [1]
-    assert set(plain[0].fused.values()) == {0}
-
-
 def test_training_graphs_are_left_alone_and_reported() -> None:
     with torch.inference_mode(False):
         model, reports = compiled(Block())

@@ -24,7 +24,6 @@ from tests.verification.fused_norm import (
     AddNormRelu,
     Kernel,
     add_norm_relu,
-    exits,
     hangs,
     provider,
     reference,
@@ -32,7 +31,7 @@ from tests.verification.fused_norm import (
     wrong_above_4096,
 )
 
-NOT_FOR_HERE = (exits, hangs, wrong_above_4096)
+NOT_FOR_HERE = (hangs, wrong_above_4096)
 
 
 # Attention isn't made of rows, which are varied here: tests of its own hold it.
@@ -103,6 +102,7 @@ SMALL = {
 def test_a_right_kernel_holds() -> None:
     mine = provider(right)
     assert check_rule(AddNormRelu(), providers=[mine]).cases == {mine.name: 23}
+    assert check_rule(AddNormRelu(), providers=[mine], samples=[SMALL]).cases == {mine.name: 13}
 
 
 @pytest.mark.parametrize("kernel", [each for each in FAULTS if each not in NOT_FOR_HERE], ids=lambda k: str(k.__name__))
@@ -162,16 +162,6 @@ def test_a_race_shows() -> None:
         check_rule(AddNormRelu(), providers=[provider(racing)], samples=[SMALL])
 
 
-class Mistaken(AddNormRelu):
-    """Its replacement hands the arguments over in another order."""
-
-    name = "mistaken"
-
-    def replacement(self, x: Any, residual: Any, weight: Any, eps: Any, rounding: Any) -> Any:
-        fused = add_norm_relu(x, x, weight, eps, rounding)
-        return fused[0], fused[1]
-
-
 class Dropping(AddNormRelu):
     """vLLM #51477, #43676: its replacement drops an attribute."""
 
@@ -182,20 +172,9 @@ class Dropping(AddNormRelu):
         return fused[0], fused[1]
 
 
-class Nowhere(AddNormRelu):
-    """Its pattern is nothing that a graph has: an epsilon of its own."""
-
-    name = "nowhere"
-
-    def pattern(self, x: Any, residual: Any, weight: Any, eps: Any, rounding: Any) -> Any:
-        y, total = ops.fused_add_rms_norm(x, residual, weight, eps, rounding)
-        return torch.ops.aten.relu.default(y + y), total
-
-
-@pytest.mark.parametrize("rule", [Mistaken(), Dropping()], ids=lambda rule: str(rule.name))
-def test_case_7_sides_that_disagree_fail(rule: Rule) -> None:
-    with pytest.raises(VerificationError, match=f"{rule.name} .*\n.*agreement, .*: result 0: element .* off by"):
-        check_rule(rule, providers=[provider(right)])
+def test_case_7_sides_that_disagree_fail() -> None:
+    with pytest.raises(VerificationError, match=r"dropping .*\n.*agreement, .*: result 0: element .* off by"):
+        check_rule(Dropping(), providers=[provider(right)])
 
 
 def specialised(x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: str) -> tuple[Tensor, Tensor]:
@@ -225,8 +204,3 @@ def test_a_fake_that_settles_a_size_fails() -> None:
 def test_who_has_no_kernel_is_told_so() -> None:
     with pytest.raises(FuseplanError, match="no provider that is available here implements add_norm_relu; given: none"):
         check_rule(AddNormRelu(), providers=[])
-
-
-def test_samples_of_ones_own() -> None:
-    mine = provider(right)
-    assert check_rule(AddNormRelu(), providers=[mine], samples=[SMALL]).cases[mine.name] == 13

@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fuseplan
 from fuseplan.record import GraphReport, Reason, Report
 from fuseplan.rules import Bindings
 from tests.helpers import HIDDEN, randn
+from tests.providers.stand_ins import ranks
 from tests.verification.fused_norm import WEIGHT, AddNormRelu, model, provider, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::fuseplan.errors.FuseplanWarning")
@@ -107,9 +106,8 @@ def test_layers_share_what_a_pass_without_a_uuid_was_compiled_into() -> None:
 
 @pytest.fixture
 def two_ranks() -> Iterator[None]:
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    yield
-    dist.destroy_process_group()
+    with ranks(2):
+        yield
 
 
 WITHOUT_OPS: dict[str, Callable[[Tensor], Any]] = {

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fuseplan.config import CompileRange, PassConfig
 from fuseplan.explanation.capture import capture
@@ -22,6 +21,7 @@ from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES
 from fuseplan.record import Report
 from fuseplan.workloads.models import workload
 from tests.helpers import all_reduce
+from tests.providers.stand_ins import ranks
 from tests.real_models.cases import CASES
 
 LAYERS = 2
@@ -127,13 +127,10 @@ class Garden:
 @contextmanager
 def garden(name: str, layers: int = LAYERS) -> Iterator[Garden]:
     """A workload to plant in."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
+    with ranks(2):
         with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
             made = Garden(name, layers)
         yield made
-    finally:
-        dist.destroy_process_group()
 
 
 def explain(made: Garden, config: PassConfig, providers: Sequence[str]) -> Report:

@@ -11,9 +11,7 @@ from torch._inductor.pattern_matcher import (
     CallFunction,
     Match,
     PatternMatcherPass,
-    fwd_only,
     register_graph_pattern,
-    register_replacement,
 )
 
 import fuseplan
@@ -24,6 +22,7 @@ from fuseplan.matching import ExternalPass
 from fuseplan.providers import PROFILES
 from fuseplan.record import Report
 from tests.helpers import HIDDEN, llama, post_grad, randn
+from tests.matching.test_external_matches import replacing
 
 aten = torch.ops.aten
 W = torch.ones(HIDDEN, dtype=torch.bfloat16)
@@ -49,14 +48,6 @@ def add_relu_call(x: Tensor, y: Tensor) -> Any:
 
 def relu_neg_call(x: Tensor) -> Any:
     return torch.ops.others.relu_neg(x)
-
-
-def replacing(
-    name: str, search: Callable[..., Any], replacement: Callable[..., Any], inputs: int
-) -> PatternMatcherPass:
-    result = PatternMatcherPass(pass_name=name)
-    register_replacement(search, replacement, [torch.randn(4, 4) for _ in range(inputs)], fwd_only, result)
-    return result
 
 
 def add_relu_pass() -> PatternMatcherPass:
@@ -215,15 +206,6 @@ def test_patterns_whose_owner_says_nothing_of_them_have_no_key(wrap: Callable[[A
     assert first.uuid() is None
     assert first == second
     assert first != PostGradPassManager(PassConfig(), passes=[wrap(add_relu_pass())])
-
-
-@pytest.mark.parametrize(
-    ("passes", "says"),
-    [([3], "neither a PatternMatcherPass"), ([add_relu_pass(), add_relu_pass()], "two passes are named 'add_relu'")],
-)
-def test_what_is_no_pass_is_refused(passes: list[Any], says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
-        PostGradPassManager(PassConfig(), passes=passes)
 
 
 def test_an_external_pass_needs_a_pattern_matcher_pass() -> None:

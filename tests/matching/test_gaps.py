@@ -471,6 +471,3 @@ def test_one_without_a_core_says_nothing_of_what_others_match_or_nearly_do() -> 
         assert [(each.rule, each.nearness) for each in refusals] == [("norm_quant", Nearness.OBSTRUCTED)]
     alone = missed(model, "act_quant")
     assert [(each.rule, each.nearness) for each in alone] == [("act_quant", Nearness.ABSENT)] * 2
-
-
-# Where all ops are there.

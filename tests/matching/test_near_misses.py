@@ -31,11 +31,7 @@ def scale_(x: Tensor, factor: float) -> None:
 
 
 BETWEEN_NORM_AND_PAD: dict[str, tuple[Callable[[Tensor], Tensor], Reason, str]] = {
-    "slice": (lambda y: y[..., :-8], Reason.OP, "aten.slice.Tensor stands between rms_norm and pad"),
-    "reshape": (lambda y: y.reshape(-1, 32), Reason.OP, "aten.reshape.default stands between rms_norm and pad"),
-    "transpose": (lambda y: y.t(), Reason.OP, "aten.permute.default stands between rms_norm and pad"),
     "cast": (lambda y: y.half(), Reason.DTYPE, "stands between rms_norm and pad: bfloat16 is cast to float16"),
-    "arithmetic": (lambda y: y * 2, Reason.OP, "aten.mul.Tensor stands between rms_norm and pad"),
     "in place": (lambda y: y.mul_(2), Reason.MUTATION, "mul_, an in-place op (aten.mul.Tensor) stands between"),
     "opaque": (opaque, Reason.OP, "near_misses.opaque.default stands between rms_norm and pad"),
 }  # fmt: skip
@@ -60,8 +56,8 @@ def test_an_op_that_was_in_place_is_named_by_its_own_name() -> None:
         return F.pad(y, (0, 8))
 
     (row,) = near_misses(model, X, W)
-    assert row.reason is Reason.MUTATION
-    assert "near_misses.scale_.default stands between rms_norm and pad" in row.detail
+    assert (row.reason, row.found) == (Reason.MUTATION, "near_misses.scale_.default")
+    assert row.detail == "near_misses.scale_.default stands between rms_norm and pad"
 
 
 def test_a_pad_of_the_residual_stream_is_not_a_pad_of_the_norm() -> None:
@@ -106,17 +102,6 @@ def test_an_all_reduce_of_another_kind(one_rank: str) -> None:
     assert (row.rule, row.nearness, row.reason) == ("allreduce_rms", Nearness.UNRECOGNIZED, Reason.ATTRIBUTE)
     assert "it reduces by 'max', and fused ops sum" in row.detail
     assert row.mend is None
-
-
-def test_one_of_another_kind_among_others_is_told_by_the_rule(one_rank: str) -> None:
-    def model(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
-        reduced: Tensor = collectives.all_reduce(x, "avg", one_rank)  # type: ignore[arg-type]
-        y, total = llama(reduced, r, w)
-        return llama(all_reduce(y.sigmoid(), one_rank), total, w)[0]
-
-    row = near_misses(model, X, R, W)[0]
-    assert (row.rule, row.nearness) == ("allreduce_rms", Nearness.UNRECOGNIZED)
-    assert "it reduces by 'avg'" in row.detail
 
 
 def test_one_of_another_kind_right_before_the_core_of_what_is_obstructed(one_rank: str) -> None:
@@ -164,16 +149,6 @@ def test_a_norm_over_another_dimension(one_rank: str) -> None:
     assert "the mean is over dimensions [0]" in row.detail
 
 
-def test_an_unrecognised_norm_is_told_without_rules_that_could_take_it() -> None:
-    def model(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
-        return w * (x.float() * scale).to(x.dtype), scale
-
-    (row,) = near_misses(model, X, W)
-    assert (row.rule, row.reason) == (None, Reason.USERS)
-    assert row.line is not None
-
-
 @pytest.mark.parametrize("norm", [vllm, gpt_oss, llama])
 def test_an_fp32_weight_is_refused_in_every_spelling(norm: Any, one_rank: str) -> None:
     """What is rounded to bfloat16 before a float32 weight is multiplied in is no float32 norm."""
@@ -184,63 +159,6 @@ def test_an_fp32_weight_is_refused_in_every_spelling(norm: Any, one_rank: str) -
 
     (row,) = near_misses(model, X, R, W.float(), rule="allreduce_rms")
     assert row.detail == "weight is float32 and x is bfloat16; the fused op takes one dtype"
-
-
-class Layers(torch.nn.Module):
-    """Layers of one function each, with a sine between them."""
-
-    def __init__(self, *functions: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.layers = torch.nn.ModuleList(Layer(each) for each in functions)
-
-    def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x, w).sin()
-        return x
-
-
-class Layer(torch.nn.Module):
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        return self.function(x, w)
-
-
-def test_one_cause_is_one_row_with_all_its_places() -> None:
-    model = Layers(*[lambda x, w: F.pad(llama(x, None, w)[0].relu(), (0, 8))[..., :HIDDEN]] * 5)
-    (row,) = near_misses(model, X, W)
-    assert row.count == 5
-    assert row.sites == tuple(f"layers.{index}" for index in range(5))
-
-
-def test_disabled_rules_cost_a_row_each_and_only_then() -> None:
-    def model(x: Tensor, w: Tensor) -> Tensor:
-        return F.pad(llama(x, None, w)[0], (0, 8))
-
-    assert near_misses(model, X, W) == []
-    (row,) = near_misses(model, X, W, fuse_act_padding=False)
-    assert (row.rule, row.nearness, row.reason) == ("act_padding", Nearness.REFUSED, Reason.DISABLED)
-    assert row.mend == "leave fuse_act_padding out, or set it to True"
-
-
-def test_layers_that_differ_by_design_are_no_siblings() -> None:
-    def pads(x: Tensor, w: Tensor) -> Tensor:
-        y = llama(x, None, w)[0]
-        return y.cos() + F.pad(y, (0, 8))[..., 8:]
-
-    def lacks(x: Tensor, w: Tensor) -> Tensor:
-        return llama(x, None, w)[0].cos()
-
-    def reads(x: Tensor, w: Tensor) -> Tensor:
-        y = llama(x, None, w)[0]
-        return y.cos() + y.tan()
-
-    assert near_misses(Layers(pads, lacks, pads, lacks), X, W) == []
-    (row,) = near_misses(Layers(pads, pads, lacks, pads), X, W)
-    assert (row.nearness, row.expected, row.sites) == (Nearness.MISSING, "pad", ("layers.2",))
-    assert near_misses(Layers(pads, pads, reads, pads), X, W) == [], "its norm is read by something else instead"
 
 
 def test_values_read_by_others_stay_refusals_where_no_op_keeps_them(one_rank: str) -> None:

@@ -128,9 +128,6 @@ def test_what_is_refused_is_told(what: str) -> None:
     refused(model, rule, **fields)
 
 
-# Who else reads what is inside.
-
-
 def test_what_a_rule_yields_others_may_read() -> None:
     canonical = canonical_of(lambda x, r, w: (add(y := norm(x, w), r), exp(y), y))
     ((match, refusal),) = matches_of(NormAdded(), canonical)
@@ -138,12 +135,6 @@ def test_what_a_rule_yields_others_may_read() -> None:
     assert [node.name for node in match.consumed] == ["rms_norm_default", "add_tensor"]
     assert [node and node.name for node in match.outputs] == ["add_tensor", "rms_norm_default"]
     assert match.core.name == "rms_norm_default"
-
-
-# How it lies in memory.
-
-
-# What writes.
 
 
 def written_between(*, to: str, before: bool = False, later: bool = False) -> Model:
@@ -291,20 +282,6 @@ def test_matches_come_in_the_order_of_the_graph_then_by_rule_and_provider() -> N
             each = [(match.anchor.name, match.rule.name, match.provider) for match in matches.candidates]
             assert sorted(each) == sorted(expected)
             assert each == expected
-
-
-def test_a_provider_is_asked_once_for_matches_that_are_alike() -> None:
-    asked: list[Bindings] = []
-
-    def accepts(m: Bindings) -> None:
-        asked.append(m)
-
-    def model(x: Any, r: Any, w: Any) -> Any:
-        return [ops.pad(norm(each, w, eps), 28) for each, eps in ((x, 1e-5), (r, 1e-5), (x, 1e-6))]
-
-    matches = found(model, *RULES["act_padding"], providers=(provider(accepts=accepts),))
-    assert len(matches.candidates) == 3
-    assert [m.eps for m in asked] == [1e-5, 1e-6]
 
 
 def test_one_refusal_does_not_keep_others_from_being_looked_at() -> None:

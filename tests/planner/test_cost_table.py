@@ -162,13 +162,9 @@ def of_row(**changes: Any) -> bytes:
         (content(schema="1"), "it has schema 1"),
         (content(schema=0), "it has schema 0"),
         (b'{"device": "h200", "rows": []}', "it has schema None"),
-        (b"[" * 100_000, "it is nested more than 64 deep"),
-        (b'{"schema": 1, "device": "h200", "rows": [{"key": "a", "key": "b"}]}', "'key' is there twice in one object"),
-        (b'{"schema": 1, "schema": 1}', "'schema' is there twice in one object"),
         (b'{"schema": 1, "device": "h200"}', "it has no rows"),
         (b"[]", "it isn't a JSON object"),
         (b"{", "it isn't JSON"),
-        (b"\xff", "it isn't UTF-8"),
         (of_row(time_ns=-1), "row 'k' at 8 tokens: time_ns must be between 0"),
         (of_row(time_ns=None), f"{FIRST}: expected a field 'time_ns'"),
         (of_row(time_ns="fast"), f"{FIRST}.time_ns: expected int, found 'fast'"),
@@ -183,11 +179,6 @@ def test_files_that_are_no_table(given: bytes, says: str) -> None:
         CostTable.parse(given, name="costs.json", device="h200")
     assert str(raised.value).startswith(f"cost table 'costs.json': {says}")
     assert "\n" not in str(raised.value)
-
-
-def test_files_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="can't be read: No such file"):
-        CostTable.load(tmp_path / "absent.json")
 
 
 def test_a_table_of_any_device_will_do_if_none_is_named() -> None:

@@ -333,15 +333,6 @@ def test_rivals_are_of_the_program_that_is_asked_for() -> None:
     assert [each.lost_ns for each in solver.rivals(free, [(0, 1)]) if each] == [2, 2]
 
 
-def test_ties_go_to_fewer_candidates_then_to_the_first() -> None:
-    tie = IntegerProgram(names=("a", "b", "c"), savings_ns=(5, 5, 10), conflicts=frozenset({(0, 2), (1, 2)}))
-    assert Solver().solve(tie).selected == (2,)
-    equal = IntegerProgram(names=("a", "b"), savings_ns=(5, 5), conflicts=frozenset({(0, 1)}))
-    assert Solver().solve(equal).selected == (0,)
-    nothing = IntegerProgram(names=("a",), savings_ns=(0,))
-    assert Solver().solve(nothing).selected == ()
-
-
 @settings(max_examples=100)
 @given(programs(tables=False))
 def test_rivals_are_the_best_with_a_candidate_or_without_it(program: IntegerProgram) -> None:

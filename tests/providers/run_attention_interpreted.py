@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from fuseplan.dialect import ops
 from fuseplan.graph.ops import AttentionRounding
 from fuseplan.providers.triton import attention
 from fuseplan.providers.triton.attention import launch
@@ -23,6 +24,7 @@ from fuseplan.testing import check_rule
 from fuseplan.verification.layout import significant_strides
 from tests.eager_attention import exact
 from tests.providers.run_interpreted import TRITON, Recorded, prepare, wide_products
+from tests.rules.test_rules import arguments_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,13 +278,10 @@ def layouts() -> dict[str, bool]:
 
 
 def samples(rule: Rule) -> list[dict[str, Any]]:
-    """Arguments of a rule: those of its op, and how many queries share a head, or how the kernel rounds."""
-    generator = torch.Generator().manual_seed(0)
-    made = [sample.make(torch.device("cpu"), generator) for sample in rule.op.samples]
-    named = [dict(zip(rule.op.arguments, values, strict=True)) for values in made]
-    if "rounding" in rule.op.arguments:
-        return [{**each, "rounding": AttentionRounding.FLOAT32.value} for each in named]
-    return [{**each, "groups": each["q"].shape[1] // each["k"].shape[1]} for each in named]
+    """Arguments of a rule, as the kernel rounds."""
+    made = arguments_of(rule, torch.device("cpu"))
+    spelled = rule.op in (ops.fused_attention, ops.rope_cached_eager_attention)
+    return [{**each, "rounding": AttentionRounding.FLOAT32.value} if spelled else each for each in made]
 
 
 def variants() -> int:

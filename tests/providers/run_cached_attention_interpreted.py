@@ -13,19 +13,18 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fuseplan.dialect import AttentionRounding, RotaryRounding, Rounding, ops
+from fuseplan.dialect import RotaryRounding, Rounding, ops
 from fuseplan.providers.triton import attention
 from fuseplan.providers.triton.attention import launch
 from fuseplan.providers.triton.cached_attention import Token
 from fuseplan.providers.triton.cached_rotary import QkNorm
 from fuseplan.providers.triton.split import Split
-from fuseplan.rules import Rule
 from fuseplan.rules.families.cached_attention import CACHED_ATTENTION_RULES
 from fuseplan.rules.parts.attention.op import exact_attention
 from fuseplan.testing import check_rule
 from fuseplan.verification.layout import significant_strides
+from tests.providers.run_attention_interpreted import samples
 from tests.providers.run_interpreted import TRITON, Recorded, prepare, wide_products
-from tests.rules.test_rules import arguments_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,13 +218,6 @@ def layouts() -> list[bool]:
         meta = (given[name].to("meta") if isinstance(given[name], Tensor) else given[name] for name in op.arguments)
         found.append(significant_strides(step.run(given)) == significant_strides(op.fake(*meta)[0]))
     return found
-
-
-def samples(rule: Rule) -> list[dict[str, Any]]:
-    """Arguments of a rule, as the kernel rounds."""
-    made = arguments_of(rule, torch.device("cpu"))
-    spelled = rule.op is ops.rope_cached_eager_attention
-    return [{**each, "rounding": AttentionRounding.FLOAT32.value} if spelled else each for each in made]
 
 
 def variants() -> int:

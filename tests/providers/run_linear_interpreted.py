@@ -127,15 +127,16 @@ def normed() -> Iterator[tuple[str, list[Any]]]:
         yield f"{name}{' biased' * biased} {rounding}", [splits, *off]
 
 
+def inside(value: Tensor) -> Tensor:
+    """The same as a part of a larger tensor, in which what belongs to nobody is NaN."""
+    whole = torch.full((value.shape[0] + 2, value.shape[1] + 32), torch.nan).to(value.dtype)
+    return whole[1:-1, 16:-16].copy_(value)
+
+
 def layouts() -> Iterator[tuple[str, Sizes, tuple[Any, Any, Any]]]:
-    """(name, sizes, arguments) of other layouts; what belongs to nobody is NaN."""
+    """(name, sizes, arguments) of other layouts."""
     sizes = Sizes(rows=(5,), features=(40, 24), width=96)
     x, weights, biases = sizes.tensors()
-
-    def inside(value: Tensor) -> Tensor:
-        whole = torch.full((value.shape[0] + 2, value.shape[1] + 16), torch.nan, dtype=value.dtype)
-        part = whole[1:-1, 8:-8]
-        return part.copy_(value)
 
     yield "rows of a larger tensor", sizes, (inside(x), weights, biases)
     yield "weights of larger ones", sizes, (x, [inside(each) for each in weights], biases)

@@ -19,6 +19,7 @@ from fuseplan.rules.families.scaled_linear import SCALED_LINEAR_RULES
 from fuseplan.rules.parts.scaled_linear import CODES, RESULT, scaled_linears_reference
 from fuseplan.testing import check_rule
 from tests.providers.run_interpreted import TRITON, Recorded, prepare, wide_products
+from tests.providers.run_linear_interpreted import inside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,14 +113,9 @@ def off(sizes: Sizes, layers: ScaledLayers) -> list[float]:
 
 
 def layouts() -> dict[str, list[float]]:
-    """Other layouts; what belongs to nobody is NaN."""
+    """Other layouts."""
     sizes = Sizes(rows=(5,), features=(40, 24), width=96)
     layers = sizes.layers()
-
-    def inside(value: torch.Tensor) -> torch.Tensor:
-        whole = torch.full((value.shape[0] + 2, value.shape[1] + 32), torch.nan).to(value.dtype)
-        part = whole[1:-1, 16:-16]
-        return part.copy_(value)
 
     with_weights = [inside(each) for each in layers.weights]
     columns = [each.t().contiguous().t() for each in layers.scales]

@@ -300,9 +300,3 @@ def test_the_triton_kernel_counts_in_32_bits() -> None:
     most = aiter.PROVIDER.implements["rms_norm_pad"].most_rows
     assert most is not None
     assert most(bound) == (2**31 - 1) // 3072
-
-
-def test_it_says_that_it_has_not_been_run() -> None:
-    assert PROVIDER.untested is not None
-    assert "ROCm" in PROVIDER.untested
-    assert [each.name for each in BUILT_IN_PROVIDERS if each.untested] == ["sdpa", "sdpa_packed", "triton", "aiter"]

@@ -11,7 +11,6 @@ from torch._inductor.utils import fresh_cache
 import fuseplan
 from fuseplan.compilation.manager import DEFAULT_SPAN
 from fuseplan.dialect import falls_back, implement, ops
-from fuseplan.planner.rows import Rows
 from fuseplan.providers import BUILT_IN_PROVIDERS, Offer, Provider, provider_of
 from fuseplan.record import Report
 
@@ -142,24 +141,3 @@ def test_built_in_kernels_with_a_limit_fall_back() -> None:
     assert {name for _, name in limited} == {"aiter", "flashinfer", "triton"}
     # Triton's kernel of linear layers is for few rows alone: a graph that may have more is left as it is.
     assert all(falls_back(op, name) == (name != "triton") for op, name in limited)
-
-
-def test_the_most_rows_of_a_tensor() -> None:
-    traced = torch.empty(4, 16, 8)
-    assert Rows(None, 64).most(traced, None) == 64
-    for dim, most in ((0, 10), (1, 100)):
-        torch._dynamo.mark_dynamic(traced, dim, min=2, max=most)
-    seen: list[tuple[float, ...]] = []
-
-    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
-        (node,) = [n for n in gm.graph.find_nodes(op="placeholder") if isinstance(n.meta["example_value"], Tensor)]
-        value = node.meta["example_value"]
-        node.meta["val"] = value
-        rows = Rows.of(gm.graph)
-        batch = value[:, 0]
-        seen.append((rows.most_tokens, rows.most(value, None), rows.most(value, 50), rows.most(batch, 15)))
-        return gm.forward
-
-    torch.compile(lambda x: x.cos(), backend=backend)(traced)
-    # One of two symbols is at most as large as half of the tokens, since the other one is at least 2.
-    assert seen == [(1000, 1000, 50, 7)]

@@ -1,7 +1,6 @@
 """Which machine code a call needs follows from its rows: verification runs all of it, and none is compiled later."""
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from concurrent import futures
@@ -203,27 +202,6 @@ def test_code_is_loaded_that_is_handed_over_as_a_future() -> None:
         for code in (Code(), Future(lambda kernel: None, handed)):
             replay._load(code, torch.empty(1))
     assert len(loaded) == 2
-
-
-def test_what_will_be_verified_is_compiled_ahead() -> None:
-    ahead: list[list[Any]] = []
-    (triton_provider,) = [each for each in BUILT_IN_PROVIDERS if each.name == "triton"]
-    provider = dataclasses.replace(triton_provider, compile_ahead=lambda calls: ahead.append(list(calls)))
-    checks = verifier.Verifier(mode="first-use", providers=[provider], deadline_s=60.0)
-    there, here = torch.device("cuda", 0), torch.device("cpu")
-
-    def question(device: torch.device, sizes: Sequence[int], meets: bool = False) -> Any:
-        x = TensorSpec(shape=(2,), stride=(1,), dtype=FP8, misalignment=0, device=device)
-        cases = [Case(tokens=rows, arguments={"x": x}) for rows in sizes]
-        return SimpleNamespace(match=SimpleNamespace(provider="triton", rule=None), cases=cases, meets=meets)
-
-    checks._compile_ahead([question(here, (1, 2)), question(there, (1, 2), meets=True)])
-    assert not ahead
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verifier, "attempt", lambda seconds, function, device: function())
-        checks._compile_ahead([question(there, (1, 2)), question(here, (3,)), question(there, (4,))])
-    ((*calls,),) = ahead
-    assert [each.args[2].tokens for each in calls] == [1, 2, 4]
 
 
 def test_layers_that_are_alike_ask_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -368,10 +368,6 @@ def test_engines_have_it_among_their_candidates() -> None:
     assert manager.providers == (*BUILT_IN_PROVIDERS, PROVIDER)
 
 
-def test_it_says_that_it_has_not_been_run() -> None:
-    assert PROVIDER.untested is not None
-
-
 def test_the_price_is_the_median_of_what_was_measured() -> None:
     rows = json.loads((RESULTS / "kernels_h200.json").read_text())["rows"]
     ratios = sorted(row["vllm"][0] / row["fused"][0] for row in rows if "vllm" in row)

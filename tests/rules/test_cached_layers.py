@@ -380,35 +380,6 @@ def test_a_number_of_tokens_that_is_not_known_is_refused() -> None:
     assert "known when it is compiled" in row.detail
 
 
-def grows(*given: Tensor) -> Any:
-    def append(cache: Tensor, positions: Tensor, x: Tensor) -> None:
-        grown.append(torch.cat((cache, x), dim=-2))
-
-    grown: list[Tensor] = []
-    return layer(append)(*given)[0], *grown
-
-
-APART_MISSES: dict[str, tuple[str, Layer, str]] = {
-    "a cache that grows": (ROPE, grows, "keys are appended to a cache that grows"),
-    "read before": (
-        ROPE, lambda *given: (given[3] * 2, *layer()(*given)),
-        "write into a cache not recognised: the cache as it is before is also read",
-    ),
-    "normed and read before": (
-        NORMED_ROPE, lambda *given: (given[3] * 2, *normed_layer()(*given)),
-        "write into a cache not recognised: the cache as it",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", sorted(APART_MISSES))
-def test_near_misses_of_writes_name_what_stands_in_the_way(name: str) -> None:
-    rule, function, detail = APART_MISSES[name]
-    (row,) = [row for row in near_misses(function, *arguments()) if row.rule in (ROPE, NORMED_ROPE)]
-    assert row.rule == rule
-    assert detail in row.detail
-
-
 def q_read_too(*given: Tensor) -> Any:
     q, keys, values = layer(read=lambda cache: cache)(*given[:8])
     return attending(lambda *_: (q, keys, values))(*given), q * 2

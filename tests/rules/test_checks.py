@@ -393,7 +393,7 @@ def test_flags_and_policies_choose_rules(config: dict[str, Any], enabled: set[st
             {"policy": "ordered(act_quant)", "fuse_norm_quant": True},
             r"fuse_norm_quant=True contradicts policy ordered\(act_quant\): add norm_quant to the list",
         ),
-        ({"policy": "ordered(act_kwant)"}, "did you mean 'act_quant'"),
+        ({"policy": "ordered(act_kwant)"}, "unknown rule 'act_kwant'; did you mean 'act_quant'"),
     ],
 )
 def test_requests_that_contradict_the_policy(config: dict[str, Any], says: str) -> None:

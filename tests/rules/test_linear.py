@@ -226,12 +226,6 @@ def test_reports_have_the_rules_of_graphs_that_were_on_in_them() -> None:
     assert {"merged_linear", "merged_linear_silu_mul", "skinny_linear"} <= {*manager.names}
 
 
-def test_a_flag_that_one_of_its_rules_obeys_had_an_effect() -> None:
-    report = planned(quickly_traced(several, randn(3, WIDTH), *weights(32, 16)), fuse_merged_linear=True)
-    assert fused(report) == {"merged_linear_pair": 1}
-    assert not [each for each in report.refusals if each.reason is Reason.NO_EFFECT]
-
-
 def up_first(x: Tensor, up: Tensor, gate: Tensor) -> Tensor:
     raised = F.linear(x, up)
     return F.silu(F.linear(x, gate)) * raised
@@ -335,25 +329,6 @@ def test_what_the_kernel_does_not_take_is_refused_by_name(
     inputs: tuple[Tensor, ...], reason: Reason, says: str
 ) -> None:
     check_refused(planned(quickly_traced(several, *inputs), **ON), "merged_linear", reason, says)
-
-
-class Layers(torch.nn.Module):
-    """Two layers of one input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = (torch.nn.Parameter(weight) for weight in weights(32, 16))
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return several(x, self.first, self.second)
-
-
-def test_numbers_of_rows_that_are_not_limited_are_refused() -> None:
-    with torch.inference_mode():
-        report = planned(quickly_traced(Layers(), randn(3, WIDTH), dynamic=True), **ON)
-    assert not report.applied
-    (refusal,) = [each for each in report.refusals if each.provider == "triton"]
-    assert refusal.detail == "triton takes up to 32 rows of this width, and nothing limits those of the graph"
 
 
 def test_a_saving_is_of_the_layers_and_the_activation() -> None:

@@ -157,10 +157,6 @@ MISSES: dict[str, tuple[Any, tuple[Tensor, ...], Nearness, str]] = {
         heads_first(partial(hugging_face, rotated=8)), batched(rotated=8), Nearness.UNRECOGNIZED,
         "rotary embedding not recognised: it rotates 8 of a head's 16 dimensions (partial rotary)",
     ),
-    "interleaved": (
-        heads_last(partial(vllm, neox=False)), flat(), Nearness.UNRECOGNIZED,
-        "rotary embedding not recognised: it rotates neighbours against each other (interleaved, GPT-J)",
-    ),
     "an op between": (
         heads_last(norm=lambda x, weight: normed(x, weight).tanh()), flat(), Nearness.OBSTRUCTED,
         "aten.tanh.default stands between rms_norm and rotary_embedding",
@@ -197,16 +193,6 @@ def test_angles_of_each_head_are_refused_at_the_line_that_rotates() -> None:
     (row,) = near_misses(function, x, x.clone(), angles, angles.clone(), rule=RULE)
     assert (row.nearness, row.code) == (Nearness.REFUSED, "return x * cos + rotate_half(x) * sin")
     assert row.detail.startswith("cos is [1, 4, 7, ")
-
-
-def test_a_norm_that_others_read_too_is_refused() -> None:
-    def function(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
-        norms = [normed(x.view(7, -1, HEAD), weight) for x, weight in ((q, QW), (k, KW))]
-        return *(vllm(x.flatten(1), cos, sin) for x in norms), norms[1].relu()
-
-    (row,) = near_misses(function, *flat(), rule=RULE)
-    assert row.nearness is Nearness.REFUSED
-    assert "is also read by aten.relu.default" in row.detail
 
 
 def test_one_tensor_may_be_queries_and_keys() -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import fuseplan
 from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.graph.surgery import copy_graph
-from fuseplan.record import Reason, Report
+from fuseplan.record import Report
 from fuseplan.rules import Rule
 from fuseplan.rules.families import BUILT_IN_RULES, Member
 from fuseplan.rules.parts import pad, silu_and_mul
@@ -21,8 +21,6 @@ from tests.helpers import (
     HIDDEN,
     SPELLINGS,
     all_reduce,
-    built_in,
-    gpt_oss,
     llama,
     post_grad,
     quantize,
@@ -166,14 +164,6 @@ def test_allreduce_rms_without_residual_still_yields_the_sum(one_rank: str) -> N
     assert [fusion.op for fusion in report.graphs[0].applied] == ["all_reduce_rms_norm"]
 
 
-def test_allreduce_rms_with_dead_residual(one_rank: str) -> None:
-    def model(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
-        return vllm(all_reduce(x, one_rank), residual, weight)[0]
-
-    report = compare(model, randn(7, HIDDEN), randn(7, HIDDEN, seed=1), W, rule="allreduce_rms", coded=False)
-    assert report.fused == {"allreduce_rms": 1}
-
-
 def test_composed_rules(one_rank: str) -> None:
     def padded(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         y, total = vllm(all_reduce(x, one_rank), residual, weight)
@@ -246,45 +236,6 @@ def test_case_4_reshapes_on_both_sides_fuse_with_any_batch(one_rank: str) -> Non
         assert len(reports) <= 2, "static first, then one graph for every batch"
 
 
-def refused(function: Callable[..., Any], *inputs: Tensor, rule: str) -> list[Any]:
-    """The refusals of one rule on a graph in which it doesn't match."""
-    manager = PostGradPassManager(ALONE[rule])
-    matches = manager.analyze(post_grad(function, *inputs)).matches
-    assert not matches.candidates
-    return list(matches.refusals)
-
-
-def test_case_6_mixed_dtypes_are_refused_by_name_and_their_twins_fuse() -> None:
-    """vLLM #48324: bf16 input with fp32 weight gave garbage; #48447: the guard against it matched nothing at all."""
-
-    def model(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
-        return F.pad(gpt_oss(x, residual, weight)[0], (0, 8))
-
-    inputs = (randn(7, HIDDEN), randn(7, HIDDEN, seed=1))
-    (refusal,) = refused(model, *inputs, W.float(), rule="act_padding")
-    assert refusal.reason is Reason.DTYPE
-    assert refusal.detail == "weight is float32 and x is bfloat16; the fused op takes one dtype"
-    assert refusal.mend is None, "cast to bfloat16, the weight would be rounded"
-    assert compare(model, *inputs, W, rule="act_padding", coded=False).fused == {"act_padding": 1}
-
-
-def test_unsupported_dtype_is_refused() -> None:
-    def model(x: Tensor, weight: Tensor) -> Tensor:
-        return F.pad(llama(x, None, weight)[0], (0, 8))
-
-    wide = (randn(7, HIDDEN, dtype=torch.float64), W.double())
-    assert not PostGradPassManager(ALONE["act_padding"]).analyze(post_grad(model, *wide)).matches.candidates
-
-
-def test_a_reduced_value_that_is_read_elsewhere_is_refused_with_residual(one_rank: str) -> None:
-    def model(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        reduced = all_reduce(x, one_rank)
-        return llama(reduced, residual, weight)[0], reduced.relu()
-
-    refusals = refused(model, randn(7, HIDDEN), randn(7, HIDDEN, seed=1), W, rule="allreduce_rms")
-    assert [refusal.reason for refusal in refusals] == [Reason.USERS]
-
-
 @functools.cache
 def reduced_normed_and_padded(group: str) -> fx.Graph:
     """A graph that several rules have something to do with."""
@@ -307,18 +258,6 @@ def test_disabled_is_identity(rule: str, one_rank: str) -> None:
     assert rule not in manager.rules
     manager(graph)
     assert str(graph) == before
-
-
-def test_a_rule_without_candidates_is_reported_and_leaves_the_graph_alone() -> None:
-    """Case 10: vLLM #55720 registered no pattern and still paid; #45604 logged fusions that could not be."""
-    reports: list[Report] = []
-    config = fuseplan.PassConfig(fuse_norm_quant=True, policy="ordered(norm_quant)")
-    graph = post_grad(lambda x, w: built_in(x, None, w)[0], randn(7, HIDDEN), W)
-    before = str(graph)
-    PostGradPassManager(config, on_report=reports.append)(graph)
-    assert str(graph) == before
-    (warning,) = reports[0].warnings
-    assert warning.detail.startswith("fuse_norm_quant=True has no effect: the graph has no ")
 
 
 def test_an_epilogue_is_composed_with_its_own_cores_alone() -> None:

@@ -137,21 +137,8 @@ def turned(x: Tensor, y: Tensor) -> Tensor:
     return torch.relu(x + y).t().contiguous().t()
 
 
-def writes(x: Tensor, y: Tensor) -> Tensor:
-    return y.add_(x).relu()
-
-
 def raises(x: Tensor, y: Tensor) -> Tensor:
     raise RuntimeError("no such tile")
-
-
-def overruns(x: Tensor, y: Tensor) -> Tensor:
-    x.as_strided((1,), (1,), x.storage_offset() + x.numel()).fill_(0.0)
-    return add_relu_eager(x, y)
-
-
-def halves(x: Tensor, y: Tensor) -> Tensor:
-    return torch.relu(x + y).half()
 
 
 def add_relu(kernel: Callable[..., Any] | None, name: str | None = None, uuid: str | None = None) -> ExternalPass:

@@ -77,23 +77,6 @@ def test_a_wrong_kernel_is_not_applied_and_says_why(traced: fx.Graph, kernel: Ke
         assert torch.equal(actual, expected)
 
 
-def test_a_kernel_that_is_wrong_at_a_size_is_run_at_no_further_one(traced: fx.Graph) -> None:
-    def wrong_from_seven_on(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        y, total = reference(x, *rest)
-        return (y, total) if x.shape[0] < 7 else (y + 1, total)
-
-    _, report = fuse(traced, provider(wrong_from_seven_on))
-    (verified,) = report.verified
-    assert (verified.tokens, verified.transient) == ((1, 5, 7), False)
-    assert (verified.detail or "").startswith("at 7 tokens: result 0")
-    assert verified.worst is not None
-    assert verified.worst > 1
-    assert verified.time_ns > 0
-    _, report = fuse(traced, provider(raises))
-    (verified,) = report.verified
-    assert (verified.tokens, verified.transient, verified.worst) == ((1,), True, None)
-
-
 def test_a_right_kernel_is_applied_and_runs(traced: fx.Graph) -> None:
     module, report = fuse(traced, provider(right))
     assert report.count(["add_norm_relu"]) == {"add_norm_relu": 1}

@@ -342,27 +342,27 @@ def test_questions_are_one_where_an_answer_is_enough() -> None:
 
 def test_kernels_are_compiled_ahead_on_gpus_and_their_faults_left_to_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
-    ahead: list[tuple[str, int]] = []
+    ahead: list[tuple[str, list[int]]] = []
 
     def compiling(name: str) -> Any:
         def compile_ahead(calls: Sequence[Any]) -> None:
-            ahead.append((name, len(calls)))
+            ahead.append((name, [call.args[2].tokens for call in calls]))
             raise AttemptError("slow")
 
         return SimpleNamespace(name=name, compile_ahead=compile_ahead)
 
-    def asked(name: str, device: torch.device, count: int, *, meets: bool = False) -> Any:
-        cases = [SimpleNamespace(device=device)] * count
+    def asked(name: str, device: torch.device, *sizes: int, meets: bool = False) -> Any:
+        cases = [SimpleNamespace(device=device, tokens=tokens) for tokens in sizes]
         return SimpleNamespace(match=SimpleNamespace(provider=name, rule=None), cases=cases, meets=meets)
 
     monkeypatch.setattr(verifier, "attempt", lambda seconds, function, device: function())
     providers = [compiling("p"), compiling("q"), SimpleNamespace(name="none", compile_ahead=None)]
     verifying = Verifier(mode="always", providers=providers, deadline_s=1.0)
     verifying._compile_ahead([
-        asked("p", cuda, 2), asked("q", cuda, 1), asked("p", cpu, 4), asked("p", cuda, 3, meets=True),
-        asked("none", cuda, 1), asked("p", cuda, 1),
+        asked("p", cuda, 1, 2), asked("q", cuda, 5), asked("p", cpu, 3), asked("p", cuda, 6, meets=True),
+        asked("none", cuda, 7), asked("p", cuda, 4),
     ])  # fmt: skip
-    assert ahead == [("p", 3), ("q", 1)]
+    assert ahead == [("p", [1, 2, 4]), ("q", [5])]
 
 
 def region_of(canonical: CanonicalGraph, match: Any) -> Region:

@@ -185,6 +185,7 @@ def test_several_results_are_items_and_dead_ones_have_none(dead: int | None) -> 
     results = [None if index == dead else node for index, node in enumerate((y, total))]
     first = y if dead != 0 else total
     wanted = {index: (canonical.origin[each], each.meta["val"]) for index, each in enumerate(results) if each}
+    computed = {canonical.origin[each] for each in (total, *([y] if dead != 0 else []))}
     depth, region = canonical.depth(first), canonical.region[first]
     raised = canonical.raise_op(
         ops.fused_add_rms_norm, (given["x"], given["residual"], given["w"], 1e-6, "llama"), results
@@ -199,6 +200,8 @@ def test_several_results_are_items_and_dead_ones_have_none(dead: int | None) -> 
     ]
     assert (canonical.depth(raised), canonical.region[raised]) == (depth, region)
     assert region == (dead != 0)
+    assert canonical.interior[raised] == computed
+    assert canonical.claims([raised, *items.values()]) == computed
     assert raised not in canonical.origin
     assert raised.prev.name == ("add__tensor" if dead == 1 else "w")
     following = [raised.next, raised.next.next][: len(items)]
@@ -235,8 +238,19 @@ def test_a_constant_comes_before_all_that_computes_and_after_the_inputs() -> Non
     assert torch.equal(made.meta["val"], torch.full((8,), 2.0, dtype=torch.float64))
     assert (canonical.depth(made), canonical.region[made]) == (canonical.depth(relu), canonical.region[relu])
     assert made not in canonical.origin
-    other = canonical.constant(2.0, (8,), like=X.double().to("meta"))
-    assert (other.kwargs["device"], other is made) == (torch.device("meta"), False)
+    assert canonical.constant(2.0, [8], like=X.double()) is made
+    others = [
+        canonical.constant(value, (size,), like=like)
+        for value, size, like in (
+            (1.0, 8, X.double()),
+            (2.0, 5, X.double()),
+            (2.0, 8, X),
+            (2.0, 8, X.double().to("meta")),
+        )
+    ]
+    assert len({made, *others}) == 5
+    assert all(each < relu for each in others)
+    assert others[-1].kwargs["device"] == torch.device("meta")
 
 
 def test_a_new_node_comes_from_where_it_is_put() -> None:

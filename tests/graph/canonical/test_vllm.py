@@ -5,10 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import PassConfig
@@ -18,6 +16,7 @@ from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.record import Reason
 from fuseplan.rules.families import find_sites
 from tests.helpers import randn, written
+from tests.providers.stand_ins import ranks
 
 HIDDEN, EPS = 64, 1e-5
 X, R, W = randn(4, HIDDEN), randn(4, HIDDEN, seed=1), randn(HIDDEN)
@@ -225,10 +224,8 @@ def test_norms_that_are_others(weight: Tensor | None, size: int | None, reason: 
 
 @pytest.fixture
 def two_ranks() -> Iterator[str]:
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    assert dist.group.WORLD is not None
-    yield dist.group.WORLD.group_name
-    dist.destroy_process_group()
+    with ranks(2) as group:
+        yield group
 
 
 def test_the_router_of_gpt_oss_on_rocm_reads_beside_the_pad() -> None:

@@ -120,82 +120,61 @@ def new(x: Any, like: Tensor) -> Any:
 
 
 Quantise = Callable[[Any], tuple[Any, ...]]
+ROWS = 6
+LIKE = torch.empty(ROWS, WIDTH)
+CODES = LIKE.to(FP8)
+BOUNDS = {"fp8_min": -448.0, "fp8_max": 448.0}
 
 
-def groups_of(rows: int, *, layout: str = "rows", powers: bool = False, eps: float = 1e-10) -> Quantise:
-    like = torch.empty(rows, WIDTH)
-
+def groups_of(layout: str = "rows", *, powers: bool = False) -> Quantise:
     def quantise(y: Any) -> tuple[Any, ...]:
-        codes, scales = new(y, like.to(FP8)), new(y, empty_scales(like, WIDTH // GROUP, torch.float32, layout))
-        result = called(
-            "per_token_group_fp8_quant", input=y, output_q=codes, output_s=scales, group_size=GROUP, eps=eps,
-            fp8_min=-448.0, fp8_max=448.0, scale_ue8m0=powers, dummy_is_scale_transposed=layout != "rows",
-            dummy_is_tma_aligned=layout == "aligned",
-        )  # fmt: skip
+        values = {"input": y, "output_q": new(y, CODES), "group_size": GROUP, "eps": 1e-10, **BOUNDS}
+        if layout == "packed":
+            scales = new(y, empty_scales(LIKE, WIDTH // GROUP, torch.int32, layout))
+            result = called("per_token_group_fp8_quant_packed", **values, output_s_packed=scales)
+        else:
+            scales = new(y, empty_scales(LIKE, WIDTH // GROUP, torch.float32, layout))
+            result = called(
+                "per_token_group_fp8_quant", **values, output_s=scales, scale_ue8m0=powers,
+                dummy_is_scale_transposed=layout != "rows", dummy_is_tma_aligned=layout == "aligned",
+            )  # fmt: skip
         return result[1], result[2]
 
     return quantise
 
 
-def packed_of(rows: int) -> Quantise:
-    like = torch.empty(rows, WIDTH)
+def by_row(y: Any) -> tuple[Any, ...]:
+    codes, scales = new(y, CODES), new(y, torch.empty(ROWS, 1))
+    result = called("dynamic_per_token_scaled_fp8_quant", result=codes, input=y, scale=scales, scale_ub=None)
+    return result[1], result[2]
 
+
+def by_one(scale: Any) -> Quantise:
     def quantise(y: Any) -> tuple[Any, ...]:
-        codes, scales = new(y, like.to(FP8)), new(y, empty_scales(like, WIDTH // GROUP, torch.int32, "packed"))
-        result = called(
-            "per_token_group_fp8_quant_packed", input=y, output_q=codes, output_s_packed=scales, group_size=GROUP,
-            eps=1e-10, fp8_min=-448.0, fp8_max=448.0,
-        )  # fmt: skip
-        return result[1], result[2]
-
-    return quantise
-
-
-def rows_of(rows: int, bound: Any = None) -> Quantise:
-    def quantise(y: Any) -> tuple[Any, ...]:
-        codes, scales = new(y, torch.empty(rows, WIDTH, dtype=FP8)), new(y, torch.empty(rows, 1))
-        result = called("dynamic_per_token_scaled_fp8_quant", result=codes, input=y, scale=scales, scale_ub=bound)
-        return result[1], result[2]
-
-    return quantise
-
-
-def one_of(rows: int, scale: Any) -> Quantise:
-    def quantise(y: Any) -> tuple[Any, ...]:
-        codes = new(y, torch.empty(rows, WIDTH, dtype=FP8))
-        result = called("static_scaled_fp8_quant", result=codes, input=y, scale=scale, group_shape=[-1, -1])
+        result = called("static_scaled_fp8_quant", result=new(y, CODES), input=y, scale=scale, group_shape=[-1, -1])
         return (result[1],)
 
     return quantise
 
 
-ROWS = 6
 LEAST = float(torch.tensor(1e-10) / 448)
+
+
+def expected_groups(layout: str = "rows", *, powers: bool = False) -> tuple[Any, ...]:
+    least = float(torch.tensor(1e-10)) if powers else LEAST
+    return GROUP, FP8, least, 0.0, powers, 0.0, 0.0, None, "divide", layout
+
+
 KINDS: dict[str, tuple[Callable[[Any], Quantise], str, tuple[Any, ...]]] = {
-    "static": (lambda s: one_of(ROWS, s), "static_scaled_fp8_quant", (FP8, "multiply")),
+    "static": (by_one, "static_scaled_fp8_quant", (FP8, "multiply")),
     "rows": (
-        lambda s: rows_of(ROWS), "dynamic_per_token_scaled_fp8_quant", (FP8, 1 / (448 * 512), 0.0, 0.0, None, "divide"),
+        lambda s: by_row, "dynamic_per_token_scaled_fp8_quant", (FP8, 1 / (448 * 512), 0.0, 0.0, None, "divide"),
     ),
-    "groups": (
-        lambda s: groups_of(ROWS), "per_token_group_fp8_quant",
-        (GROUP, FP8, LEAST, 0.0, False, 0.0, 0.0, None, "divide", "rows"),
-    ),
-    "powers": (
-        lambda s: groups_of(ROWS, powers=True), "per_token_group_fp8_quant",
-        (GROUP, FP8, float(torch.tensor(1e-10)), 0.0, True, 0.0, 0.0, None, "divide", "rows"),
-    ),
-    "columns": (
-        lambda s: groups_of(ROWS, layout="columns"), "per_token_group_fp8_quant",
-        (GROUP, FP8, LEAST, 0.0, False, 0.0, 0.0, None, "divide", "columns"),
-    ),
-    "aligned": (
-        lambda s: groups_of(ROWS, layout="aligned"), "per_token_group_fp8_quant",
-        (GROUP, FP8, LEAST, 0.0, False, 0.0, 0.0, None, "divide", "aligned"),
-    ),
-    "packed": (
-        lambda s: packed_of(ROWS), "per_token_group_fp8_quant",
-        (GROUP, FP8, float(torch.tensor(1e-10)), 0.0, True, 0.0, 0.0, None, "divide", "packed"),
-    ),
+    "groups": (lambda s: groups_of(), "per_token_group_fp8_quant", expected_groups()),
+    "powers": (lambda s: groups_of(powers=True), "per_token_group_fp8_quant", expected_groups(powers=True)),
+    "columns": (lambda s: groups_of("columns"), "per_token_group_fp8_quant", expected_groups("columns")),
+    "aligned": (lambda s: groups_of("aligned"), "per_token_group_fp8_quant", expected_groups("aligned")),
+    "packed": (lambda s: groups_of("packed"), "per_token_group_fp8_quant", expected_groups("packed", powers=True)),
 }  # fmt: skip
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -297,17 +276,16 @@ def test_unfused_it_is_a_kernel_of_its_own() -> None:
 
 def refusal(name: str, **changed: Any) -> Refusal:
     """What is said of one call."""
-    given = {"x": torch.empty(ROWS, WIDTH).bfloat16(), "s": torch.empty(1)}
+    given = {"x": LIKE.bfloat16(), "s": torch.empty(1)}
     calls: dict[str, dict[str, Any]] = {
-        "static_scaled_fp8_quant": {"result": torch.empty(ROWS, WIDTH, dtype=FP8), "group_shape": None},
-        "dynamic_scaled_fp8_quant": {"result": torch.empty(ROWS, WIDTH, dtype=FP8), "scale": torch.empty(1)},
+        "static_scaled_fp8_quant": {"result": CODES, "group_shape": None},
+        "dynamic_scaled_fp8_quant": {"result": CODES, "scale": torch.empty(1)},
         "dynamic_per_token_scaled_fp8_quant": {
-            "result": torch.empty(ROWS, WIDTH, dtype=FP8), "scale": torch.empty(ROWS, 1), "scale_ub": None,
+            "result": CODES, "scale": torch.empty(ROWS, 1), "scale_ub": None,
         },
         "per_token_group_fp8_quant": {
-            "output_q": torch.empty(ROWS, WIDTH, dtype=FP8), "output_s": torch.empty(ROWS, WIDTH // GROUP),
-            "group_size": GROUP, "eps": 1e-10, "fp8_min": -448.0, "fp8_max": 448.0, "scale_ue8m0": False,
-            "dummy_is_scale_transposed": False, "dummy_is_tma_aligned": False,
+            "output_q": CODES, "output_s": torch.empty(ROWS, WIDTH // GROUP), "group_size": GROUP, "eps": 1e-10,
+            **BOUNDS, "scale_ue8m0": False, "dummy_is_scale_transposed": False, "dummy_is_tma_aligned": False,
         },
     }  # fmt: skip
     values = calls[name] | changed
