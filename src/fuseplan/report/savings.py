@@ -165,9 +165,11 @@ def verdict(comparison: Comparison, *, orders: bool = True) -> Text:
     report = comparison.reports[0]
     span = next(iter(spans_of(comparison)), None)
     who = "The plan" if report.policy == "planned" else policy_name(report)
-    if not any(report.matched.values()):
-        return Text("Nothing to fuse: no rule matches anywhere.")
     if not any(graph.applied for graph in report.graphs):
+        if left := [each.detail for g in report.graphs for each in g.refusals if each.reason in _LEFT_ALONE]:
+            return Text(f"Nothing is fused: {left[0]}.")
+        if not any(report.matched.values()):
+            return Text("Nothing to fuse: no rule matches anywhere.")
         return Text(f"{who} fuses nothing: {why_nothing(report, span)}.")
     saved = Saved.of(report, span)
     is_gain = saved.saved_ns >= 0
@@ -220,6 +222,8 @@ def why_nothing(report: Report, span: Span) -> str:
     return f"{found}, but {f'fusing {them} may cost more than it saves' if unsure else dearer}"
 
 
+_LEFT_ALONE = (Reason.DISABLED, Reason.TRAINING)
+"""Refusals of whole graphs, in which no rule is tried."""
 _LEFT_OUT = (Reason.VERIFICATION, Reason.PACKAGE, Reason.LIMIT, Reason.COUPLED, Reason.UNPRICED)
 
 

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fuseplan.record import Comparison, Reason, Report
-from fuseplan.record.text import printable, shown
+from fuseplan.record import Comparison, Report
+from fuseplan.record.text import shown
 from fuseplan.report.savings import Saved, at_size, share_text, spans_of, us, verdict, where_of
 from fuseplan.report.text import policy_name
 
@@ -25,15 +25,9 @@ def alone(report: Report, name: str = "model") -> Comparison:
 
 def summary(report: Report) -> str:
     """Where something is fused, and the saving as a share; or why nothing is."""
-    left = [
-        each for graph in report.graphs for each in graph.refusals if each.reason in (Reason.TRAINING, Reason.DISABLED)
-    ]
-    fuses = any(graph.applied for graph in report.graphs)
-    if left and not fuses:
-        return f"nothing is fused: {printable(left[0].detail)}."
     report = shown(report)
     comparison = alone(report)
-    if not fuses:
+    if not any(graph.applied for graph in report.graphs):
         text = verdict(comparison).plain
         return f"{text[0].lower()}{text[1:]}"
     span = spans_of(comparison)[0]
