@@ -171,6 +171,13 @@ def test_what_can_not_be_traced_is_one_line() -> None:
         fuseplan.explain(impossible, randn(5, HIDDEN))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_so_is_a_model_that_torch_compile_refuses() -> None:
+    scripted = torch.jit.script(nn.RMSNorm(HIDDEN))
+    with pytest.raises(WorkloadError, match=r"could not be traced: torch.compile does not support .*torch.jit.script"):
+        fuseplan.explain(scripted, randn(5, HIDDEN))
+
+
 def test_rows_of_no_elements_are_planned() -> None:
     def model(x: Tensor, w: Tensor) -> Tensor:
         return nn.functional.pad(nn.functional.rms_norm(x, (0,), w, 1e-6), (0, 8))

@@ -244,15 +244,17 @@ def test_the_package_has_measured_rows_of_devices_that_it_knows(path: Path) -> N
 def test_what_was_measured_here_stands_before_what_the_package_has(monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = shipped_table("h100")
     assert shipped is not None
-    key = shipped.rows[0].key
+    component = shipped.rows[0].component
     ours = dataclasses.replace(shipped.rows[0], tokens=5, time_ns=7)
     monkeypatch.setattr(sources, "local_profile", lambda: PROFILES["h100"])
     monkeypatch.setattr(sources, "cached_table", lambda device: CostTable(device=device, rows=(ours,)))
     table = prices_of(PassConfig(), NOWHERE, None).table
     assert table is not None
-    # Times of one key are of one machine.
-    assert [row for row in table.rows if row.key == key] == [ours]
-    assert [row for row in table.rows if row.key != key] == [row for row in shipped.rows if row.key != key]
+    # Alternatives that are held against each other were measured on one machine.
+    assert [row for row in table.rows if row.component == component] == [ours]
+    others = [row for row in shipped.rows if row.component != component]
+    assert 0 < len(others) < len(shipped.rows) - len({row.tokens for row in shipped.rows})
+    assert [row for row in table.rows if row.component != component] == others
     measured = prices_of(PassConfig(costs="measured"), NOWHERE, None).table
     assert measured is not None
     assert measured.rows == (ours,)

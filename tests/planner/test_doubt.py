@@ -13,7 +13,9 @@ from fuseplan.config import Policy
 from fuseplan.devices import HARDWARE
 from fuseplan.devices.errors import HOPPER_ERRORS, UNMEASURED_ERRORS, sources_of
 from fuseplan.devices.hardware import FUSED, GENERATED, KINDS, Error
+from fuseplan.dialect import ops
 from fuseplan.errors import PlanError
+from fuseplan.graph.facts import aten
 from fuseplan.planner import decide_in_order, decide_planned, not_sure, plan_record, replay
 from fuseplan.planner.costs import ROW, CostModel, Estimate, combined, ends
 from fuseplan.planner.costs.estimate import HALF_WIDTH
@@ -163,6 +165,21 @@ def test_equal_layers_err_alike() -> None:
     together, _ = given.priced.ends(sum(values), (0, 1))
     assert sum(values) - together == (values[0] - first) + (values[1] - second)
     assert given.priced.ends(7, (0,), (1,)) == (7, 7)
+
+
+def test_equal_sites_of_other_rows_err_by_those_of_their_own() -> None:
+    def padded(x: Any, w: Any) -> Any:
+        return ops.pad(ops.rms_norm(x, w, 1e-5, "llama"), 28)
+
+    def last_alone(x: Any, r: Any, w: Any) -> Any:
+        return padded(x, w), padded(aten.slice.Tensor(r, 0, 9, 10), w)
+
+    one = problem_of(lambda x, r, w: padded(x, w), providers=TRITON)
+    times = {"": [(3000, 10), (60_000, 9000)], "triton": [(2000, 10), (40_000, 9000)]}
+    given = problem_of(last_alone, prices=prices(measured(one, times, (1, 10)), fused=(0.0, 0.1)), providers=TRITON)
+    assert given.program.savings_ns == (20_000, 1000)
+    wide, narrow = (value - given.priced.ends_of(i)[0] for i, value in enumerate(given.program.savings_ns))
+    assert wide == pytest.approx(900 * narrow, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -334,3 +334,21 @@ def test_further_code_is_asked_about_where_there_are_several_sizes(
     found = variants.with_further_code(match, cases, sizes, (1, 4), needs)
     assert found == {1: (), 2: (1,), 3: ()}[count]
     assert len(asked) == (0 if count == 1 else count + 4)
+
+
+def test_no_code_is_asked_about_at_sizes_that_no_call_has(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    value = inputs.fake(9, 8, static=1)
+    inputs.put(value)
+    match, sizes = match_of(inputs, x=inputs.graph.call_function(aten.slice.Tensor, ())), inputs.sizes
+    match.values["x"].meta["val"] = value[4:]
+    match.rule = SimpleNamespace(op=SimpleNamespace(name="op"))
+    asked: list[int] = []
+    monkeypatch.setattr(variants, "registered_kernel", lambda name, provider: lambda x: asked.append(x.shape[0]))
+
+    def needs(call: Any, mode: Any) -> frozenset[object]:
+        call()
+        return frozenset({asked[-1] > 2})
+
+    cases = [case_of(match, sizes, tokens) for tokens in (5, 6)]
+    assert variants.with_further_code(match, cases, sizes, (1, 8), needs) == (7,)
+    assert asked == [1, 2, 0, 1, 2, 3, 4]

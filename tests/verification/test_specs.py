@@ -15,13 +15,48 @@ from fuseplan.errors import FuseplanWarning
 from fuseplan.providers import provider_of
 from fuseplan.rules.families import BUILT_IN_RULES
 from fuseplan.verification.memory import make_arguments
-from fuseplan.verification.specs import Case, Sizes, cases_of, spec_of
+from fuseplan.verification.specs import Case, Sizes, cases_of, possible, spec_of
 from fuseplan.verification.verifier import _Question
 from tests.helpers import HIDDEN, llama, post_grad, randn
 from tests.interpreted import no_code
 from tests.verification.made import spec
 
 WEIGHT = torch.ones(2, HIDDEN).bfloat16()
+
+
+def inner(x: Tensor, count: Tensor) -> Tensor:
+    """All rows but the first ones and the last one."""
+    return torch.nn.functional.pad(llama(x[4:-1], None, WEIGHT[0])[0], (0, 16))
+
+
+def behind(x: Tensor, count: Tensor) -> Tensor:
+    """Rows from one on that depends on data."""
+    first = count.item()
+    torch._check(first >= 0)
+    torch._check(first <= x.shape[0])
+    return torch.nn.functional.pad(llama(x[first:], None, WEIGHT[0])[0], (0, 16))
+
+
+@pytest.mark.parametrize("function", [inner, behind])
+def test_a_slice_is_checked_where_it_has_rows(function: Any) -> None:
+    """It would have less than none at a token, or from the 16th on."""
+    reports: list[Any] = []
+    config = PassConfig(policy="ordered(act_padding)")
+    x, count = randn(9, HIDDEN), torch.tensor(3)
+    torch._dynamo.reset()
+    torch._dynamo.mark_dynamic(x, 0)
+    with no_code(), torch.inference_mode(), torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = fuseplan.compile(function, config=config, on_report=reports.append)
+        assert torch.equal(compiled(x, count), function(x, count))
+    assert [each.fused["act_padding"] for each in reports] == [1]
+    assert not reports[0].warnings
+
+
+def test_where_no_size_can_be_the_last_one_says_so() -> None:
+    cases = [Case(tokens=5 + rows, arguments={"x": spec(rows, 8, stride=(8, 1))}) for rows in (-3, -2, 3)]
+    assert possible(cases) == (cases[2],)
+    assert possible(cases[:2]) == (cases[1],)
+    assert possible([]) == ()
 
 
 def two_lengths(tokens: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -130,7 +130,6 @@ def _capture(
     watch(STAGES[0])
     torch._dynamo.reset()
     before, met = dict(counters["graph_break"]), len(graph_break_reasons)
-    compiled = torch.compile(model, backend=recorder)
     mode = detect_fake_mode(_tensors(inputs))
     marked = _tensors([*inputs, *kwargs.values()]) if dynamic else []
     failure: Exception | SystemExit | None = None
@@ -139,6 +138,7 @@ def _capture(
         _unknown_leading_dimensions(marked), mode or contextlib.nullcontext(),
     ):  # fmt: skip
         try:
+            compiled = torch.compile(model, backend=recorder)  # which refuses a model of torch.jit
             with_room(lambda: compiled(*inputs, **kwargs))
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever the user's model raises ends in one clear line
             failure = error

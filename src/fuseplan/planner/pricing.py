@@ -363,10 +363,10 @@ class Pricing:
             values[alternative], noise[alternative] = weighted(savings, before), max(spread for _, spread in measured)
             by_size[alternative] = savings
             name = alternative_name([self.candidates[i] for i in sorted(alternative)], places)
-            exposures = (prices.deviations(signature, (UNFUSED, name), each) for each in rows)
-            doubts[alternative] = self._doubts.setdefault((signature, name), (None, Doubt(tuple(exposures), weights)))[
-                1
-            ]
+            exposures = tuple(prices.deviations(signature, (UNFUSED, name), each) for each in rows)
+            # Of equal components one may have other rows: only the last token goes through a model's last norm.
+            key = signature, name, tuple(rows), weights
+            doubts[alternative] = self._doubts.setdefault(key, (None, Doubt(exposures, weights)))[1]
         values = break_ties(values, noise)
         found_alone = {}
         for index in component:

@@ -20,7 +20,7 @@ from fuseplan.matching import ExternalMatch
 from fuseplan.verification import outcomes
 from fuseplan.verification.region import ENGINE_COLLECTIVES
 from fuseplan.verification.sides import TORCHS, Side, sides_of
-from fuseplan.verification.specs import SMALL, Case, Sizes, TensorSpec, concrete, spec_of
+from fuseplan.verification.specs import SMALL, Case, Sizes, TensorSpec, concrete, possible, spec_of
 
 functional = torch.ops._c10d_functional
 COLLECTIVES = ("_c10d_functional", "_dtensor", "c10d", "c10d_functional", "symm_mem")
@@ -146,7 +146,7 @@ def _cases(match: ExternalMatch, before: Side, after: Side, sizes: Sizes, span: 
     if all(op.namespace in TORCHS for op, _, _ in after.calls):
         tokens_of = tuple(tokens for tokens in tokens_of if tokens <= max(SMALL, tokens_of[0]))
         values_at = sizes.at
-    return tuple(
+    return possible(
         Case(tokens=tokens, arguments=_arguments(before, symbols := values_at(tokens)), symbols=symbols)
         for tokens in tokens_of
     )

@@ -2,7 +2,7 @@
 
 import bisect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -33,7 +33,7 @@ MOST_TOGETHER = 2**17
 """The largest product of a number of tokens and independent sizes up to which these sizes are varied as well."""
 
 UNKNOWN = 16
-"""The value of a size that depends on data, such as the number of tokens of an expert."""
+"""The value of a size that depends on data, such as the number of tokens of an expert; 0 where it can't be as large."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +85,18 @@ class Case:
         """The device of its tensors."""
         devices = (value.device for value in self.arguments.values() if isinstance(value, TensorSpec))
         return next(devices, torch.device("cpu"))
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether a call can have it: a slice that leaves out some rows has less than none of few."""
+        specs = (value for value in self.arguments.values() if isinstance(value, TensorSpec))
+        return all(size >= 0 for spec in specs for size in spec.shape)
+
+
+def possible(cases: Iterable[Case]) -> tuple[Case, ...]:
+    """Those that a call can have; the last one where there are none, which then says what is wrong."""
+    every = tuple(cases)
+    return tuple(case for case in every if case.is_possible) or every[-1:]
 
 
 def undrawn(case: Case) -> dict[str, Any]:
@@ -208,7 +220,8 @@ def _traced_symbols(graph: fx.Graph) -> tuple[dict[Any, int], set[Any]]:
 
 
 def cases_of(match: Match, sizes: Sizes, span: tuple[int, int], *, traced: bool = True) -> tuple[Case, ...]:
-    """The arguments of a match, the smallest size first; for torch's own ops only small sizes.
+    """The arguments of a match, the smallest size first; for torch's own ops only small sizes. Sizes that no call
+    can have are left out.
 
     Args:
         match: a match of a rule.
@@ -219,8 +232,8 @@ def cases_of(match: Match, sizes: Sizes, span: tuple[int, int], *, traced: bool 
     tokens_of = sizes.tokens(span, traced=traced) or (_rows_of(match),)
     if match.runs_reference or is_inlined(match.rule.op, match.provider):
         small = (tokens for tokens in tokens_of if tokens <= max(SMALL, tokens_of[0]))
-        return tuple(_case(match, tokens, sizes.at(tokens)) for tokens in small)
-    return tuple(case_of(match, sizes, tokens, traced=traced) for tokens in tokens_of)
+        return possible(_case(match, tokens, sizes.at(tokens)) for tokens in small)
+    return possible(case_of(match, sizes, tokens, traced=traced) for tokens in tokens_of)
 
 
 def case_of(match: Match, sizes: Sizes, tokens: int, *, traced: bool = True) -> Case:
@@ -229,7 +242,18 @@ def case_of(match: Match, sizes: Sizes, tokens: int, *, traced: bool = True) -> 
 
 
 def _case(match: Match, tokens: int, symbols: Mapping[Any, int]) -> Case:
-    return Case(tokens=tokens, arguments=_arguments(match.values, symbols), symbols=symbols)
+    case = Case(tokens=tokens, arguments=_arguments(match.values, symbols), symbols=symbols)
+    if case.is_possible or symbols.keys() >= (asked := _symbols(match.values)):
+        return case
+    least = {**dict.fromkeys(asked, 0), **symbols}
+    return Case(tokens=tokens, arguments=_arguments(match.values, least), symbols=least)
+
+
+def _symbols(values: Mapping[str, Any]) -> set[Any]:
+    """Those of the sizes of arguments."""
+    tensors = (tensor_of(value) for value in values.values() if isinstance(value, fx.Node))
+    sizes: list[Any] = [size for tensor in tensors if tensor is not None for size in tensor.shape]
+    return set[Any]().union(*(size.node.expr.free_symbols for size in sizes if isinstance(size, torch.SymInt)))
 
 
 def _rows_of(match: Match) -> int:

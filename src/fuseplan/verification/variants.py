@@ -44,7 +44,7 @@ def with_further_code(
     found, tokens = list[int](), float(span[0])
     while known and tokens <= span[1]:
         case = case_of(match, sizes, int(tokens))
-        if not (code := code_of(case)) <= known:
+        if case.is_possible and not (code := code_of(case)) <= known:
             found.append(case.tokens)
             known |= code
         tokens = max(tokens + 1, tokens * STEP)

@@ -90,6 +90,14 @@ def test_all_norms_of_one_width_share_their_ones() -> None:
     assert not raised.original.find_nodes(op="call_function", target=torch.ops.aten.full.default)
 
 
+def test_none_are_made_for_a_width_that_varies() -> None:
+    raised = quickly_canonical(lambda x: unweighted(x.t()), randn(HIDDEN, 5), dynamic=True)
+    assert raised.recognized() == {}
+    (refusal,) = raised.refusals
+    assert (refusal.reason, refusal.mend) == (Reason.SIZE, "leave the width out of mark_dynamic")
+    assert "no weight" in refusal.detail
+
+
 @pytest.mark.parametrize("reader", ["a gate", "another width", "several"])
 def test_what_else_it_is_multiplied_by_stays_outside(reader: str) -> None:
     readers: dict[str, Callable[[Tensor], Tensor]] = {

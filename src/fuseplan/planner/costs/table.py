@@ -66,6 +66,11 @@ class Row:
     date: str
     command: str
 
+    @property
+    def component(self) -> str:
+        """The component class of its key."""
+        return self.key.partition(": ")[0]
+
     def __post_init__(self) -> None:
         where = f"row {self.key[:80]!r} at {self.tokens} tokens"
         _require(bool(self.key), "a row has no key")
@@ -163,9 +168,11 @@ class CostTable:
         return CostTable(device=self.device, rows=tuple(merged[name] for name in sorted(merged)))
 
     def before(self, other: "CostTable") -> "CostTable":
-        """The same table with those rows of `other` whose keys it lacks: all times of one key are from one machine."""
-        keys = {row.key for row in self.rows}
-        return self.updated(row for row in other.rows if row.key not in keys)
+        """The same table with the rows of `other` for components that it lacks: times compared with each other are from
+        one machine.
+        """
+        known = {row.component for row in self.rows}
+        return self.updated(row for row in other.rows if row.component not in known)
 
     @cached_property
     def digest(self) -> str:

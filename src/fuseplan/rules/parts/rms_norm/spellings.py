@@ -182,6 +182,10 @@ def _weight_of(canonical: CanonicalGraph, norm: _Norm) -> fx.Node:
         return norm.weight
     y = tensor_of(norm.y)
     assert y is not None
+    width: object = y.shape[-1]
+    if isinstance(width, torch.SymInt):
+        detail = "it has no weight, and rows whose width isn't known when the graph is compiled"
+        raise Unraised(Reason.SIZE, detail, norm.y, "leave the width out of mark_dynamic")
     return canonical.constant(1, y.shape[-1:], like=y)
 
 
