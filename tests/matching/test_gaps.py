@@ -106,18 +106,6 @@ def test_a_place_is_that_of_the_op_and_its_site_that_of_the_core() -> None:
     assert (refusal.source, refusal.site, refusal.code) == ("norm", "norm", "rms_norm_default")
 
 
-def test_places_are_told_of_in_the_order_of_the_graph() -> None:
-    def model(x: Any, r: Any, w: Any) -> Any:
-        first = norm(aten.relu.default(x), w)
-        second, _ = added(aten.relu.default(r), first, w)
-        third = norm(aten.relu.default(second), w)
-        return first, second, third, norm(reduced(r), w)
-
-    assert [refusal.nodes[1] for refusal in missed(model, "allreduce_rms")] == [
-        "rms_norm_default", "fused_add_rms_norm_default", "rms_norm_default_1",
-    ]  # fmt: skip
-
-
 def test_a_match_is_no_near_miss_and_neither_is_a_refused_one() -> None:
     def model(x: Any, r: Any, w: Any) -> Any:
         return ops.pad(norm(reduced(r), w), 28)

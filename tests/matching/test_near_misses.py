@@ -195,10 +195,6 @@ LOOKALIKES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str, str | None]
     "sum": (spelled(lambda x: x.pow(2).sum(-1, keepdim=True) / HIDDEN + 1e-6), "a sum divided by the size", "mean()"),
     "scaled": (spelled(lambda x: mean_square(x) * 2 + 1e-6), "the mean square is scaled", None),
     "LayerNorm": (lambda x, w: F.layer_norm(x, (HIDDEN,), w), "it subtracts the mean of the row", None),
-    "two things": (
-        spelled(lambda x: x.pow(2).mean(-1).unsqueeze(-1) + 1e-6, divides=True), "by the root; the mean loses",
-        "instead; take the mean",
-    ),
 }  # fmt: skip
 
 

@@ -84,13 +84,6 @@ REFUSED: dict[str, tuple[Model, Rule, dict[str, Any]]] = {
          "nodes": ("output", "rms_norm_default"), "found": "output", "code": "rms_norm_default",
          "source": "layers.0.norm"},
     ),
-    "the first reader of the first value": (
-        lambda x, r, w: (
-            add(z := tanh(y := norm(x, w)), r), aten.sin.default(z), exp(y), aten.cos.default(y)
-        ),
-        NormAlone(),
-        {"nodes": ("exp_default", "rms_norm_default")},
-    ),
     "a value inside that is an argument, too": (
         lambda x, r, w: add(z := tanh(norm(x, w)), z),
         NormAlone(),

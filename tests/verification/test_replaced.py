@@ -170,14 +170,6 @@ def test_what_is_no_tensor_and_is_read_whole_can_not_be_asked_about() -> None:
     assert str(outcome.detail).endswith(" isn't a tensor")
 
 
-def test_what_nobody_reads_is_no_result() -> None:
-    external = of_two(lambda x, y: (torch.relu(x + y), torch.sin(x)), lambda x, y: (torch.relu(y + x), torch.sin(x)))
-    match, graph = matched(lambda x, y: (add_relu(x, y), aten.sin.default(x)), external)
-    graph.output_node().args = ((graph.output_node().args[0][0],),)  # type: ignore[index]
-    (result,) = Replaced.of(match, Sizes(graph), SPAN).results
-    assert (result.output, str(result.node.target)) == (0, "aten.relu.default")
-
-
 def test_arguments_are_tensors_and_numbers() -> None:
     nodes = {node(torch.zeros(2, 3)): "x", node(7): "size", node(0.5): "eps", node(True): "flag",
              node(torch.ones(2), aten.full.default): "full"}  # fmt: skip
@@ -488,18 +480,3 @@ def test_another_pass_of_the_same_content_is_another() -> None:
         match, graph = matched(add_relu, external)
         checks.verify(match, Sizes(graph), SPAN)
     assert len(checks.seeds) == 2
-
-
-def test_what_can_not_be_asked_says_so_and_is_not_run() -> None:
-    noisy = op(added, "(Tensor x, Tensor y) -> Tensor")
-    seeded = others.op("asked_seeded(Tensor x, Tensor y) -> Tensor", added, lambda x, y: torch.empty_like(x),
-                       torch.Tag.nondeterministic_seeded)  # fmt: skip
-    checks = Stub("always")
-    external = of_two(lambda x, y: torch.relu(x + y), lambda x, y: seeded(x, noisy(x, y)))
-    match, graph = matched(add_relu, external)
-    outcome = checks.verify(match, Sizes(graph), SPAN)
-    assert outcome == Verification(
-        rule=external.name, op=" ".join(match.emits), provider="external", signature=external.name,
-        detail="not verified: made_up.asked_seeded.default draws random numbers",
-    )  # fmt: skip
-    assert checks.seeds == []

@@ -55,10 +55,6 @@ def test_torchs_ops_are_run_in_float64_without_casts_on_the_way(dtype: torch.dty
         assert torch.equal(bits, (x * x).view(torch.int16)), "what reads bits reads those of the graph"
 
 
-def widened(name: str, kernel: Callable[[Tensor], Any]) -> Any:
-    return others.op(f"{name}(Tensor x) -> Tensor", kernel, torch.empty_like)
-
-
 def only_of_bfloat16(x: Tensor) -> Tensor:
     if x.dtype is not torch.bfloat16:
         raise RuntimeError("not implemented for Double")
@@ -84,7 +80,8 @@ def test_an_op_that_takes_no_float64_rounds_as_it_does(
     if is_torchs:
         monkeypatch.setattr(sides, "TORCHS", ("aten", "prims", "made_up"))
     x = X.bfloat16()
-    computed = side((aten.exp.default, ("x",)), (widened(kernel.__name__, kernel), ("0",)), x=x)
+    op = others.op(f"{kernel.__name__}(Tensor x) -> Tensor", kernel, torch.empty_like)
+    computed = side((aten.exp.default, ("x",)), (op, ("0",)), x=x)
     (exact,) = computed.run({"x": x}, {}, call=run_exactly)
     assert torch.equal(exact, (x.double().exp() if is_exact else x.double().exp().bfloat16()) * 3)
 

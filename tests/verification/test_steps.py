@@ -140,17 +140,6 @@ def test_many_rows_of_a_wide_model(name: str) -> None:
         assert "the scale of group" in str(checked(name, kernel, 8191, 14336).wrong)
 
 
-def test_scales_of_the_precision_of_rows_have_no_steps() -> None:
-    """Three of them in a row, which are no whole number of float32's."""
-    rule, quant, _ = rule_of("group_fp8 rows")
-    rounded = {**POWERS, "ue8m0": False, "zero_scale": 2.0**-7, "quant_rounding": "divide_rounded", "layout": "rows"}
-
-    def moved(gate: Tensor, up: Tensor, rounding: str, *arguments: Any) -> Any:
-        return quant.reference(nudged(gate, up), *arguments)
-
-    assert check(rule, offer(rule, moved, "rounded"), case_of(33, 384, rounded), seed=3).wrong is None
-
-
 def test_scales_without_steps_are_compared_as_before() -> None:
     rule, _, arguments = rule_of("group_fp8 rows")
     given = {**arguments, "ue8m0": False}
