@@ -1,39 +1,45 @@
-"""Which place of which rule nearly matches, and which gap is named of several, in written graphs."""
+"""Which place of which rule nearly matches, which gap is named of several, which rule tells of what looks like an op,
+and what a rule that is off would match, in written graphs.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from fuseplan.dialect import ops
+from fuseplan.dialect import DialectOp, ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import convert_element_type
-from fuseplan.matching import find_matches, find_near_misses
-from fuseplan.matching.near_misses import Attempt, Gap
+from fuseplan.matching import blame, find_disabled, find_matches, find_near_misses
+from fuseplan.matching.lookalikes import is_always_reported, noted_as, of_rules, unclaimed
+from fuseplan.matching.trial import Place, Way, decisive
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, Provider
 from fuseplan.record import Nearness, Reason, Refusal
 from fuseplan.rules import Rule, by_name
-from fuseplan.rules.families import BUILT_IN_RULES
 from tests.helpers import all_reduce, llama, quickly_traced, randn, written
-from tests.matching.placed import NormAdded, placed
+from tests.matching.placed import (
+    INPUTS,
+    RULES,
+    Model,
+    NormAdded,
+    NormTanh,
+    canonical_of,
+    line_of,
+    look_like,
+    norm,
+    placed,
+)
 
 aten = torch.ops.aten
-RULES = by_name(BUILT_IN_RULES)
 TORCH = [each for each in BUILT_IN_PROVIDERS if each.name == "torch"]
-INPUTS = {"x": randn(12, 64), "r": randn(12, 64, seed=1), "w": torch.ones(64, dtype=torch.bfloat16)}
-Model = Callable[[Any, Any, Any], Any]
 
 
 @pytest.fixture(autouse=True)
 def four_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fuseplan.matching.candidates.group_size", {"g": 4, "h": 4}.get)
-
-
-def canonical_of(model: Model, modules: dict[str, str] | None = None) -> CanonicalGraph:
-    return canonicalize(placed(written(model, INPUTS), modules))
 
 
 def in_graph(
@@ -50,10 +56,6 @@ def missed(model: Model, *rules: str, **options: Any) -> list[Refusal]:
 def the_one(model: Model, *rules: str, **options: Any) -> Refusal:
     (refusal,) = missed(model, *rules, **options)
     return refusal
-
-
-def norm(x: Any, w: Any) -> Any:
-    return ops.rms_norm(x, w, 1e-5, "llama")
 
 
 def added(x: Any, r: Any, w: Any, rounding: str = "llama") -> tuple[Any, Any]:
@@ -104,43 +106,12 @@ def test_a_place_is_that_of_the_op_and_its_site_that_of_the_core() -> None:
     assert (refusal.source, refusal.site, refusal.code) == ("norm", "norm", "rms_norm_default")
 
 
-def test_places_are_told_of_in_the_order_of_the_graph() -> None:
-    def model(x: Any, r: Any, w: Any) -> Any:
-        first = norm(aten.relu.default(x), w)
-        second, _ = added(aten.relu.default(r), first, w)
-        third = norm(aten.relu.default(second), w)
-        return first, second, third, norm(reduced(r), w)
-
-    assert [refusal.nodes[1] for refusal in missed(model, "allreduce_rms")] == [
-        "rms_norm_default", "fused_add_rms_norm_default", "rms_norm_default_1",
-    ]  # fmt: skip
-
-
 def test_a_match_is_no_near_miss_and_neither_is_a_refused_one() -> None:
     def model(x: Any, r: Any, w: Any) -> Any:
         return ops.pad(norm(reduced(r), w), 28)
 
     assert missed(model, "act_padding", "allreduce_rms") == []
     assert missed(model, "act_padding", "allreduce_rms", providers=[]) == []
-
-
-def ranked(*, absent: int = 0, obstacles: int = 0, ops_found: int = 0, lacking: int = 1) -> Attempt:
-    graph = fx.Graph()
-    node = graph.placeholder("x")
-    gaps = [Gap(expected="", consumer=node, found=node, lacking=lacking) for _ in range(absent)]
-    gaps += [Gap(expected="", consumer=node, found=node, way=[node] * obstacles, goal=node)]
-    return Attempt(rule=RULES["act_padding"][0], anchor=node, gaps=gaps, calls=[node] * ops_found)
-
-
-def test_the_nearest_lacks_the_least_then_came_furthest_or_has_all_and_the_fewest_obstacles() -> None:
-    nearest = [
-        ranked(ops_found=3), ranked(ops_found=1), ranked(obstacles=1, ops_found=2), ranked(obstacles=1),
-        ranked(obstacles=3, ops_found=9), ranked(absent=1, ops_found=9), ranked(absent=1, ops_found=2, obstacles=3),
-        ranked(absent=1, ops_found=1), ranked(absent=1, ops_found=1, obstacles=1), ranked(absent=2, ops_found=1),
-        ranked(absent=1, lacking=3, ops_found=9),
-    ]  # fmt: skip
-    others_first = nearest[::-1]
-    assert sorted(others_first, key=lambda each: each.rank) == nearest
 
 
 class TwiceTheSame(Rule):
@@ -153,8 +124,8 @@ class TwiceTheSame(Rule):
 
 
 (ALONE,) = [each for each in RULES["allreduce_rms_padding"] if each.core is ops.rms_norm]
-OWN = {"alone": ALONE, "twice": TwiceTheSame(), "norm_added": NormAdded()}
-sin, exp, add = aten.sin.default, aten.exp.default, aten.add.Tensor
+OWN = {"alone": ALONE, "twice": TwiceTheSame(), "norm_added": NormAdded(), "norm_tanh": NormTanh()}
+sin, exp, tanh, add, mul = aten.sin.default, aten.exp.default, aten.tanh.default, aten.add.Tensor, aten.mul.Tensor
 
 THE_ONE: dict[str, tuple[Model, str, dict[str, Any]]] = {
     "of several members the one of which the most is there": (
@@ -169,26 +140,6 @@ THE_ONE: dict[str, tuple[Model, str, dict[str, Any]]] = {
         "allreduce_rms_padding",
         {"detail": "expected all_reduce before rms_norm, found an input of the graph", "nodes": ("rms_norm_default",)},
     ),
-    "the same with a norm that adds": (
-        lambda x, r, w: (ops.pad(sin(added(x, r, w)[0]), 28), ops.pad(norm(reduced(r), w), 12)),
-        "allreduce_rms_padding",
-        {"detail": "expected all_reduce before fused_add_rms_norm, found an input of the graph",
-         "nodes": ("fused_add_rms_norm_default",)},
-    ),
-    "the norm that is there is expected": (
-        lambda x, r, w: ops.pad(sin(norm(x, w)), 28),
-        "act_padding",
-        {"nearness": Nearness.OBSTRUCTED, "detail": "aten.sin.default stands between rms_norm and pad",
-         "expected": "rms_norm", "found": "aten.sin.default",
-         "nodes": ("sin_default", "pad_default", "rms_norm_default")},
-    ),
-    "and one that adds, if it is": (
-        lambda x, r, w: ops.pad(sin(added(x, r, w)[0]), 28),
-        "act_padding",
-        {"nearness": Nearness.OBSTRUCTED, "detail": "aten.sin.default stands between fused_add_rms_norm and pad",
-         "expected": "fused_add_rms_norm", "found": "aten.sin.default",
-         "nodes": ("sin_default", "pad_default", "getitem")},
-    ),
     "of two gaps the absent one": (
         lambda x, r, w: (ops.pad(sin(norm(product(x, r), aten.slice.Tensor(w, 0, 0, 12))), 28),
                          ops.pad(norm(reduced(x), w), 28)),
@@ -201,12 +152,26 @@ THE_ONE: dict[str, tuple[Model, str, dict[str, Any]]] = {
         {"detail": "aten.sin.default stands between rms_norm and pad",
          "nodes": ("sin_default", "pad_default", "rms_norm_default"), "site": "model.py:5"},
     ),
-    "with a hint where the rest of the pattern is there": (
-        lambda x, r, w: ops.pad(sin(norm(reduced(x), w)), 28), "allreduce_rms_padding", {"mend": "do it after pad"},
-    ),
     "and where others read a further result": (
         lambda x, r, w: (ops.pad(sin((both := added(x, r, w))[0]), 28), both[1]),
         "act_padding", {"mend": "do it after pad"},
+    ),
+    "those of the first of several edges": (
+        lambda x, r, w: ops.pad(norm(exp(half(aten.cos.default(reduced(x)))), w), 28),
+        "allreduce_rms_padding",
+        {"detail": "aten.cos.default stands between all_reduce and rms_norm; so do aten.exp.default and "
+         "aten.split.Tensor"},
+    ),
+    "what reads the reduced value beside the fused op, which yields what it adds": (
+        lambda x, r, w: added(tanh(sin(reduced(exp(x)))), x, w)[0],
+        "allreduce_rms",
+        {"detail": "aten.sin.default stands between all_reduce and fused_add_rms_norm; so does aten.tanh.default"},
+    ),
+    "without a hint where others read what is between": (
+        lambda x, r, w: (tanh(z := sin(norm(x, w))), exp(z)), "norm_tanh", {"found": "aten.sin.default", "mend": None},
+    ),
+    "or what is before": (
+        lambda x, r, w: (tanh(sin(y := norm(x, w))), exp(y)), "norm_tanh", {"found": "aten.sin.default", "mend": None},
     ),
     "an obstacle between the two, once": (
         lambda x, r, w: norm(sin(reduced(x)), w),
@@ -220,22 +185,12 @@ THE_ONE: dict[str, tuple[Model, str, dict[str, Any]]] = {
         {"detail": "expected all_reduce before rms_norm, found aten.sin.default", "nearness": Nearness.ABSENT,
          "nodes": ("sin_default", "rms_norm_default_1")},
     ),
-    "a reader that computes before the output": (
-        lambda x, r, w: (y := reduced(x), product(y, r), norm(reduced(r), w)),
-        "allreduce_rms", {"found": "aten.mm.default"},
-    ),
     # The norm has an all-reduce of its own, so that the other one is looked at from its own side.
-    "what another norm reads behind an obstacle, at that norm": (
-        lambda x, r, w: added(reduced(x), sin(reduced(r)), w),
-        "allreduce_rms",
-        {"nearness": Nearness.OBSTRUCTED, "expected": "all_reduce", "found": "aten.sin.default",
-         "detail": "aten.sin.default stands between all_reduce and fused_add_rms_norm",
-         "nodes": ("sin_default", "fused_add_rms_norm_default", "all_reduce_default_1")},
-    ),
-    "all of several obstacles on the way from it": (
+    "what another norm reads behind obstacles, at that norm": (
         lambda x, r, w: added(reduced(x), exp(sin(reduced(r))), w),
         "allreduce_rms",
-        {"found": "aten.sin.default",
+        {"nearness": Nearness.OBSTRUCTED, "expected": "all_reduce", "found": "aten.sin.default",
+         "detail": "aten.sin.default stands between all_reduce and fused_add_rms_norm; so does aten.exp.default",
          "nodes": ("sin_default", "exp_default", "fused_add_rms_norm_default", "all_reduce_default_1")},
     ),
     "two that one norm adds": (
@@ -249,19 +204,8 @@ THE_ONE: dict[str, tuple[Model, str, dict[str, Any]]] = {
     "of two absent ones the first": (
         lambda x, r, w: (add(aten.cumsum.default(x, 0), aten.cumprod.default(r, 0)), norm(x, w)),
         "twice",
-        {"detail": "expected rms_norm before aten.add.Tensor, found aten.cumsum.default",
+        {"detail": "expected rms_norm before aten.add.Tensor, found aten.cumsum.default", "site": "model.py:5",
          "nodes": ("cumsum_default", "add_tensor")},
-    ),
-    "an absent one, where the core is that is there": (
-        lambda x, r, w: add(norm(x, w), aten.cumprod.default(r, 0)),
-        "twice",
-        {"detail": "expected rms_norm before aten.add.Tensor, found aten.cumprod.default", "site": "model.py:3"},
-    ),
-    "of two obstructed ones the first": (
-        lambda x, r, w: add(sin(norm(x, w)), exp(norm(r, w))),
-        "twice",
-        {"detail": "aten.sin.default stands between rms_norm and aten.add.Tensor",
-         "nodes": ("sin_default", "add_tensor", "rms_norm_default")},
     ),
     "another constant than the rule's": (
         lambda x, r, w: add(norm(x, w), r, alpha=2),
@@ -284,6 +228,201 @@ def test_the_one_near_miss_is(what: str) -> None:
     model, rule, fields = THE_ONE[what]
     refusal = the_one(model, own=(OWN[rule],)) if rule in OWN else the_one(model, rule)
     assert {name: getattr(refusal, name) for name in fields} == fields
+
+
+# What is said of the obstacles between two ops, and which of them decide.
+
+
+def before_pad(*steps: Callable[[Any], Any]) -> Model:
+    """Steps between a norm and a pad."""
+
+    def model(x: Any, r: Any, w: Any) -> Any:
+        y = norm(x, w)
+        for step in steps:
+            y = step(y)
+        return ops.pad(y, 28)
+
+    return model
+
+
+def behind_reduce(step: Callable[..., Any], group: str = "g") -> Model:
+    """A step of the reduced value and the residual between an all-reduce and a norm."""
+
+    def model(x: Any, r: Any, w: Any) -> Any:
+        found = step(reduced(x, group), r)
+        y, *more = found if isinstance(found, tuple) else (found,)
+        return norm(y, w), *more
+
+    return model
+
+
+def in_place(value: Any, name: str = "add_") -> Any:
+    """A value as Dynamo notes what writes in place."""
+    value.node.meta["source_fn_stack"] = [(name, name)]
+    return value
+
+
+def cast(y: Any, dtype: torch.dtype = torch.float32) -> Any:
+    return convert_element_type(y, dtype)
+
+
+def turned(y: Any) -> Any:
+    return aten.permute.default(y, [1, 0])
+
+
+def part_of_it(y: Any) -> Any:
+    return aten.slice.Tensor(y, 0, 0, 6)
+
+
+def half(y: Any) -> Any:
+    return aten.split.Tensor(y, 6)[1]
+
+
+def reshaped(*shape: int) -> Callable[[Any], Any]:
+    return lambda y: aten.reshape.default(y, [*shape])
+
+
+in_blocks = reshaped(3, 4, 64)
+MOVED = "all_reduce is {}, so that aten.slice.Tensor can't be moved before it"
+VIEWED_TOO = (
+    "aten.slice.Tensor {}, and can't be moved before it, since aten.permute.default (permute_default) reads all_reduce "
+    "too"
+)
+ALSO = "also read by aten.exp.default (exp_default)"
+
+BETWEEN: dict[str, tuple[Callable[[Any], Any], Reason, str, str, str | None]] = {
+    "the nearest of several that compute, and further ones once each": (
+        lambda y: tanh(exp(sin(exp(y)))), Reason.OP, "exp_default",
+        "aten.exp.default {}; so do aten.tanh.default and aten.sin.default", None,
+    ),
+    "what writes in place, by both of its names": (
+        lambda y: in_place(add(tanh(y), 1.0)), Reason.MUTATION, "add_tensor",
+        "add_, an in-place op (aten.add.Tensor) {}; so does aten.tanh.default", None,
+    ),
+    "an operator that does": (
+        lambda y: in_place(mul(y, 2.0), "imul_3"), Reason.MUTATION, "mul_tensor",
+        "imul, an in-place op (aten.mul.Tensor) {}", "do it after pad",
+    ),
+    "what computes before a cast": (
+        lambda y: tanh(cast(y)), Reason.OP, "tanh_default",
+        "aten.tanh.default {}; so does prims.convert_element_type.default", "do it after pad",
+    ),
+    "a cast before a view": (
+        lambda y: cast(part_of_it(y)), Reason.DTYPE, "convert_element_type_default",
+        "prims.convert_element_type.default {}: bfloat16 is cast to float32; so does aten.slice.Tensor", None,
+    ),
+    "a reshape to shorter rows": (
+        reshaped(48, 16), Reason.OP, "reshape_default", "aten.reshape.default {}: rows of 64 become rows of 16", None,
+    ),
+    "none that rules see through": (
+        lambda y: sin(in_blocks(y)), Reason.OP, "sin_default", "aten.sin.default {}", "do it after pad",
+    ),
+    "but one that makes other rows": (
+        lambda y: sin(reshaped(96, 8)(y)), Reason.OP, "sin_default",
+        "aten.sin.default {}; so does aten.reshape.default", None,
+    ),
+    "one of several results together with its op": (
+        lambda y: sin(half(y)), Reason.OP, "getitem", "aten.split.Tensor {}; so does aten.sin.default", None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BETWEEN)
+def test_between_a_norm_and_a_pad_is_blamed(what: str) -> None:
+    step, reason, code, detail, mend = BETWEEN[what]
+    refusal = the_one(before_pad(step), "act_padding")
+    detail = detail.format("stands between rms_norm and pad")
+    assert (refusal.reason, refusal.code, refusal.detail, refusal.mend) == (reason, code, detail, mend)
+
+
+BEHIND: dict[str, tuple[Callable[..., Any], Reason, str, str, str | None]] = {
+    "what there is a hint for, each with its own": (
+        lambda y, r: aten.neg.default(mul(mul(y, 3.0), 2.0)), Reason.OP, "mul_tensor",
+        "aten.mul.Tensor {}; so does aten.neg.default", "negate before all_reduce; scale before all_reduce",
+    ),
+    "what there is none for beside what there is one for": (
+        lambda y, r: aten.neg.default(tanh(y)), Reason.OP, "tanh_default",
+        "aten.tanh.default {}; so does aten.neg.default", None,
+    ),
+    "what computes, the residual add after it": (
+        lambda y, r: add(sin(y), r), Reason.OP, "sin_default", "aten.sin.default {}; so does aten.add.Tensor", None,
+    ),
+    "of two all-reduces in a row the first": (
+        lambda y, r: reduced(y), Reason.OP, "all_reduce_default",
+        "the value reduced over group 'g' is reduced once more before rms_norm",
+        "reduce once, and multiply by the number of ranks before",
+    ),
+    "and of another group": (
+        lambda y, r: reduced(y, "h"), Reason.GROUP, "all_reduce_default",
+        "another all_reduce, over group 'h', stands between this one, over group 'g', and rms_norm", None,
+    ),
+    "another reader, without which a view could be moved": (
+        lambda y, r: (part_of_it(y), exp(y)), Reason.USERS, "exp_default", MOVED.format(ALSO), None,
+    ),
+    "the first that is no view": (
+        lambda y, r: (part_of_it(part_of_it(y)), turned(y), exp(y), sin(y)), Reason.USERS, "exp_default",
+        MOVED.format(ALSO), None,
+    ),
+    "a view of what is returned": (
+        lambda y, r: (part_of_it(y), y), Reason.USERS, "slice_tensor", MOVED.format("returned from the graph, too"),
+        None,
+    ),
+    "a view where views alone read it, too": (
+        lambda y, r: (part_of_it(y), turned(y)), Reason.OP, "slice_tensor", VIEWED_TOO, "do it before all_reduce",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BEHIND)
+def test_between_an_all_reduce_and_a_norm_is_blamed(what: str) -> None:
+    step, reason, code, detail, mend = BEHIND[what]
+    refusal = missed(behind_reduce(step), "allreduce_rms")[-1]
+    detail = detail.format("stands between all_reduce and rms_norm")
+    assert (refusal.reason, refusal.code, refusal.detail, refusal.mend) == (reason, code, detail, mend)
+
+
+def test_a_hint_is_only_given_where_following_it_suffices() -> None:
+    for group, hint in (("g", "scale before all_reduce"), ("unknown", None)):
+        assert the_one(behind_reduce(lambda y, r: mul(y, 2.0), group), "allreduce_rms").mend == hint
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_without_a_cast_what_is_reduced_has_the_dtype_behind_it(computed: bool) -> None:
+    """And what that is computed from, so that the rule would match: nothing else is blamed."""
+
+    def model(x: Any, r: Any, w: Any) -> Any:
+        wide = aten.relu.default(cast(x)) if computed else cast(x)
+        return ops.pad(norm(cast(in_blocks(reduced(wide)), torch.bfloat16), w), 28)
+
+    refusal = the_one(model, "allreduce_rms")
+    assert (refusal.reason, refusal.code) == (Reason.DTYPE, "convert_element_type_default_1")
+    assert refusal.detail.endswith("between all_reduce and rms_norm: float32 is cast to bfloat16")
+
+
+def test_what_has_no_original_can_not_be_taken_out_of_it() -> None:
+    """A view that was moved before an all-reduce, since another op reads what it is moved from."""
+    canonical = canonical_of(lambda x, r, w: (norm(y := in_blocks(reduced(sin(x), "unknown")), w), exp(y)))
+    known = {node.name: node for node in canonical.graph.nodes}
+    moved = next(node for node in known.values() if node not in canonical.origin)
+    ways = [Way(nodes=[moved], goal=known["sin_default"])]
+    place = Place(members=RULES["allreduce_rms"], anchor=known["rms_norm_default"], ways=ways)
+    assert decisive(canonical, place, []) == ([moved], False)
+
+
+def test_places_that_are_alike_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def counted(canonical: Any, place: Any, likely: Any) -> Any:
+        tried.append(place.anchor.name)
+        return decisive(canonical, place, likely)
+
+    def scaled(x: Any, w: Any, by: float) -> Any:
+        return ops.pad(in_blocks(mul(norm(x, w), by)), 28)
+
+    monkeypatch.setattr(blame, "decisive", counted)
+    found = missed(lambda x, r, w: (scaled(x, w, 2.0), scaled(sin(x), w, 2.0), scaled(tanh(x), w, 3.0)), "act_padding")
+    assert [refusal.code for refusal in found] == ["mul_tensor", "mul_tensor_1", "mul_tensor_2"]
+    assert tried == ["pad_default", "pad_default_2"]
 
 
 # Where another all-reduce is told of, too.
@@ -350,15 +489,6 @@ def test_an_all_reduce_that_no_norm_reads(returned: bool) -> None:
     assert refusal.site == "model.py:3"
 
 
-def test_of_several_readers_the_one_that_what_the_norm_adds_depends_on_is_named() -> None:
-    def model(x: Any, r: Any, w: Any) -> Any:
-        y = reduced(x)
-        return aten.exp.default(y), added(aten.cumsum.default(y, 0), y, w), norm(reduced(r), w)
-
-    assert "aten.cumsum.default" in [refusal.found for refusal in missed(model, "allreduce_rms")]
-    assert "aten.exp.default" not in [refusal.found for refusal in missed(model, "allreduce_rms")]
-
-
 def test_a_residual_where_what_the_norm_adds_to_it_is_computed_from_another() -> None:
     """Of two all-reduces the one that nothing else reads is the block's."""
 
@@ -395,12 +525,6 @@ def test_a_residual_by_the_order_in_which_an_op_was_called(computed: bool) -> No
 
 
 # What looks like an op.
-
-
-def look_like(canonical: CanonicalGraph, op: Any, *names: str) -> Refusal:
-    nodes = [node for node in canonical.graph.nodes if node.name in names]
-    canonical.refuse(op, nodes, Reason.OP, f"no {op.name}", node=nodes[0], place=nodes[0])
-    return canonical.unraised[nodes[0]]
 
 
 LOOKALIKES: dict[str, tuple[Model, Any, str, str, str]] = {
@@ -471,3 +595,153 @@ def test_one_without_a_core_says_nothing_of_what_others_match_or_nearly_do() -> 
         assert [(each.rule, each.nearness) for each in refusals] == [("norm_quant", Nearness.OBSTRUCTED)]
     alone = missed(model, "act_quant")
     assert [(each.rule, each.nearness) for each in alone] == [("act_quant", Nearness.ABSENT)] * 2
+
+
+# Whose rule tells of what looks like an op.
+
+
+def in_a_row(x: Any, r: Any, w: Any) -> Any:
+    return aten.tanh.default(aten.sin.default(aten.relu.default(x)))
+
+
+def told(op: DialectOp, rules: dict[str, Any]) -> list[str | None]:
+    """The rules that tell of what looks like an op."""
+    canonical = canonical_of(in_a_row)
+    look_like(canonical, op, "sin_default")
+    return [refusal.rule for refusal in of_rules(canonical, rules, set())]
+
+
+def only(*names: str) -> dict[str, Any]:
+    return {name: RULES[name] for name in names}
+
+
+# Rules of attention, which differ in what they do beside it.
+BY_FLAGS = ["qk_norm_cached_attention", "cached_attention", "grouped_attention"]
+CACHING = ["qk_norm_cached_attention", "qk_norm_rope_cache"]
+
+
+@pytest.mark.parametrize(
+    ("op", "rules", "tells"),
+    [
+        # The rule whose core it is.
+        (ops.attention, ["grouped_attention"], ["grouped_attention"]),
+        (ops.eager_attention, ["grouped_attention", "eager_attention"], ["eager_attention"]),
+        (ops.attention, ["eager_attention", "act_padding"], []),
+        # Of several the one that does the least beside it.
+        (ops.attention, BY_FLAGS, ["grouped_attention"]), (ops.attention, BY_FLAGS[::-1], ["grouped_attention"]),
+        (ops.attention, BY_FLAGS[:2], ["cached_attention"]), (ops.attention, BY_FLAGS[:1], BY_FLAGS[:1]),
+        # Where it is no rule's core one that has it.
+        (ops.cache_write, [*CACHING, "rope_cache"], ["qk_norm_rope_cache"]),
+        (ops.cache_write, CACHING[:1], CACHING[:1]), (ops.cache_write, ["rope_cache"], []),
+        (ops.cached_rotary, ["rope_cache", "cached_attention"], ["rope_cache"]),
+        (ops.cached_rotary, ["cached_attention"], ["cached_attention"]),
+        # A further op of a part is the part's.
+        (ops.repeat_heads, ["grouped_attention"], ["grouped_attention"]),
+    ],
+    ids=lambda each: each.name if isinstance(each, DialectOp) else "-".join(each) or "none",
+)  # fmt: skip
+def test_which_rule_tells_of_an_op(op: DialectOp, rules: list[str], tells: list[str]) -> None:
+    assert told(op, only(*rules)) == tells
+
+
+def test_it_is_told_once_at_its_place_unless_a_rule_has_told_of_it() -> None:
+    canonical = canonical_of(in_a_row)
+    look_like(canonical, ops.rms_norm, "relu_default")  # whose part has it told whatever rules ask for
+    first, second = (look_like(canonical, ops.attention, name) for name in ("sin_default", "tanh_default"))
+    rules = only("grouped_attention", "act_padding")
+    both = [*of_rules(canonical, rules, set())]
+    assert [(refusal.rule, refusal.detail) for refusal in both] == [
+        ("grouped_attention", each.detail) for each in (first, second)
+    ]
+    line = line_of(canonical.original, "sin_default")
+    assert (both[0].site, both[0].source, both[0].line, both[0].code) == (line, line, line, "sin_default")
+    assert [refusal.detail for refusal in of_rules(canonical, rules, {id(first)})] == [second.detail]
+
+
+# What no rule has told of.
+
+
+def test_what_looks_like_a_norm_is_told_wherever_it_stands_once() -> None:
+    canonical = canonical_of(in_a_row)
+    first = look_like(canonical, ops.fused_add_rms_norm, "relu_default", "tanh_default")
+    second = look_like(canonical, ops.rms_norm, "sin_default")
+    claimed: set[int] = set()
+    assert [*unclaimed(canonical, claimed)] == [first, second]
+    assert claimed == {id(first), id(second)}
+    assert [*unclaimed(canonical, claimed)] == []
+
+
+@pytest.mark.parametrize("op", [ops.silu_and_mul, ops.linear, ops.attention, ops.cache_write, ops.rms_norm_pad])
+def test_what_looks_like_others_is_not_even_beside_a_norm(op: DialectOp) -> None:
+    canonical = canonical_of(lambda x, r, w: norm(aten.relu.default(norm(x, w)), w))
+    look_like(canonical, op, "relu_default")
+    assert [*unclaimed(canonical, set())] == []
+
+
+def around_a_norm(x: Any, r: Any, w: Any) -> Any:
+    """relu, sin, a norm, tanh, exp."""
+    return exp(aten.tanh.default(norm(sin(aten.relu.default(x)), w)))
+
+
+@pytest.mark.parametrize(
+    ("op", "names"),
+    [
+        (ops.all_reduce, ["relu_default", "sin_default"]),
+        (ops.pad, ["tanh_default", "exp_default"]),
+        (ops.static_scaled_fp8_quant, ["tanh_default", "exp_default"]),
+    ],
+)
+def test_what_looks_like_a_prologue_is_told_before_a_core_and_an_epilogue_behind_one(
+    op: DialectOp, names: list[str]
+) -> None:  # fmt: skip
+    heard = []
+    for name in ("relu_default", "sin_default", "tanh_default", "exp_default"):
+        canonical = canonical_of(around_a_norm)
+        look_like(canonical, op, name)
+        heard += [name for _ in unclaimed(canonical, set())]
+    assert heard == names
+
+
+def test_attention_is_no_core_that_prologues_and_epilogues_stand_around() -> None:
+    def model(q: Any) -> Any:
+        return aten.relu.default(ops.eager_attention(q, q, q, None, None, 0.5, None, "eager"))
+
+    canonical = canonicalize(written(model, {"q": randn(1, 2, 4, 8)}))
+    look_like(canonical, ops.pad, "relu_default")
+    assert [*unclaimed(canonical, set())] == []
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "always"),
+    [("rms_norm", "rms_norm", True), ("fused_add_rms_norm", "rms_norm", True), ("pad", "pad", False),
+     ("rms_norm_pad", "rms_norm_pad", False), ("aten.relu.default", "aten.relu.default", False)],
+)  # fmt: skip
+def test_by_which_name_an_op_is_refused_and_whether_it_is_reported_in_any_case(
+    op: str, name: str, always: bool
+) -> None:
+    """A fused op is of no part."""
+    assert noted_as(op) == name
+    assert is_always_reported(Refusal(reason=Reason.OP, op=op, detail="")) is always
+
+
+# Rules that are off.
+
+
+def test_what_a_rule_that_is_off_would_match() -> None:
+    canonical = canonical_of(
+        lambda x, r, w: (ops.pad(norm(x, w), 28), ops.pad(norm(aten.relu.default(x), w), 12)),
+        {"rms_norm_default": "layers.0.norm"},
+    )
+    providers = [each for each in BUILT_IN_PROVIDERS if each.name in ("torch", "triton")]
+    matches = find_matches(canonical, only("act_padding"), providers, PROFILES["h200"])
+    assert len(matches.candidates) == 4, "by two providers each"
+    first, second = find_disabled(matches, {"act_padding": "fuse_act_padding", "norm_quant": "fuse_norm_quant"})
+    assert (first.reason, first.rule, first.op) == (Reason.DISABLED, "act_padding", "rms_norm")
+    assert first.nodes == ("rms_norm_default",)
+    assert first.detail == "it matches, and fuse_act_padding=False switches it off"
+    assert first.mend == "leave fuse_act_padding out, or set it to True"
+    assert (first.expected, first.found) == ("fuse_act_padding not False", "fuse_act_padding=False")
+    assert (first.source, first.site, first.nearness) == ("layers.0.norm", "layers.0.norm", Nearness.REFUSED)
+    assert (first.line, first.code) == (line_of(canonical.original, "rms_norm_default"), "rms_norm_default")
+    assert (second.nodes, second.code) == (("rms_norm_default_1",), "rms_norm_default_1")
+    assert second.source == line_of(canonical.original, "rms_norm_default_1")

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -116,22 +115,12 @@ def check(model: Model, inputs: Sequence[Tensor], copies: int, *, dynamic: bool 
     """The rewritten graph computes the same, and lays it out alike."""
     gm = graph_of(model, inputs, dynamic=dynamic)
     after, chosen = rewritten(gm, rules)
-    assert len(chosen) == 1
     assert [len(match.copied) for match in chosen] == [copies]
-    given = in_order(gm, inputs)
-    expected, actual = run(gm, given), run(after, given)
+    expected, actual = run(gm, inputs), run(after, inputs)
     for left, right in zip(actual, expected, strict=True):
         torch.testing.assert_close(left, right, rtol=2**-6, atol=2**-6)
     assert layout(actual) == layout(expected)
-    metas = metas_of(after)
-    assert [str(value.stride()) for value in metas] == [str(value.stride()) for value in metas_of(gm)]
-
-
-def in_order(gm: fx.GraphModule, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Inputs in the order of the graph, which may leave some out; they differ in shape or value, and are in order."""
-    count = sum(isinstance(node.meta["val"], Tensor) for node in gm.graph.find_nodes(op="placeholder"))
-    assert count == len(inputs)
-    return list(inputs)
+    assert [str(value.stride()) for value in metas_of(after)] == [str(value.stride()) for value in metas_of(gm)]
 
 
 def padded(y: Tensor) -> Tensor:
@@ -158,11 +147,8 @@ SEEN: dict[str, Callable[[Tensor], Any]] = {
     "columns": lambda y: y[:, 1:],
     "transposed": lambda y: y.t(),
     "reshaped": lambda y: y.view(2, 3, HIDDEN),
-    "flat": lambda y: y.view(-1),
     "as bytes": lambda y: y.view(torch.uint8),
-    "as another float": lambda y: y.view(torch.float16) + 1,
     "as wider integers": lambda y: y.view(torch.int32) + 1,
-    "a part": lambda y: y.split(16, -1)[1],
     "opaque": lambda y: torch.ops.layouts_test.second_in_memory(y[:]),
     "opaque view": lambda y: torch.ops.layouts_test.second_in_memory(y[1:]),
     "written at an index": lambda y: y.index_put((torch.tensor([1]),), torch.ones(HIDDEN, dtype=y.dtype)),
@@ -178,16 +164,12 @@ def test_who_can_tell_where_a_value_lies_gets_a_copy(reader: str) -> None:
 UNSEEN: dict[str, Callable[[Tensor], Any]] = {
     "pointwise": lambda y: y.relu(),
     "pointwise view": lambda y: y[:, 1:].relu(),
-    "pointwise transposed": lambda y: y.t().exp(),
     "matmul": lambda y: y @ y.t(),
-    "reduction": lambda y: y.sum(0),
-    "cast": lambda y: y.float(),
     "reshaped, then pointwise": lambda y: y.view(2, 3, HIDDEN) * 2,
     "cat": lambda y: torch.cat([y, y], -1),
     "rows by index": lambda y: y[torch.tensor([2, 0])],
     "parts": lambda y: y.split(16, -1)[1].relu(),
     "as a source": lambda y: torch.slice_scatter(y.new_zeros(8, HIDDEN), y, 0, 1, 7),
-    "softmax and topk": lambda y: y.softmax(-1).topk(2, -1)[0],
 }
 
 
@@ -196,7 +178,7 @@ def test_who_reads_elements_alone_reads_the_slice(reader: str) -> None:
     check(returns(UNSEEN[reader]), (X, W), copies=0)
 
 
-@pytest.mark.parametrize("order", [("opaque", "pointwise"), ("pointwise", "opaque"), ("reshaped", "cast")])
+@pytest.mark.parametrize("order", [("opaque", "pointwise"), ("pointwise", "opaque"), ("reshaped", "matmul")])
 def test_layers_that_differ_in_a_reader_are_told_apart(order: tuple[str, str]) -> None:
     def model(x: Tensor, w: Tensor) -> list[Any]:
         results = []
@@ -209,32 +191,6 @@ def test_layers_that_differ_in_a_reader_are_told_apart(order: tuple[str, str]) -
     found = matches_in(graph_of(model, (X, W)).graph).candidates
     assert [bool(match.copied) for match in found] == [reader in SEEN for reader in order]
     assert [bool(match.loose) for match in found] == [reader in UNSEEN for reader in order]
-
-
-def test_layers_that_differ_in_a_promise_are_told_apart() -> None:
-    def model(x: Tensor, w: Tensor, turned: Tensor) -> list[Tensor]:
-        norms = [normed(each, w) for each in (x, turned, x * 2, turned * 2)]
-        return [*map(padded, norms), *norms]
-
-    found = matches_in(graph_of(model, (X, W, X.t().contiguous().t())).graph).candidates
-    promised = [match.copied[0].meta["val"].stride() for match in found]
-    assert promised == [(HIDDEN, 1), (1, 6)] * 2
-
-
-def test_ranges_of_one_graph_find_the_same() -> None:
-    canonical = canonicalize(graph_of(returns(SEEN["itself"]), (X, W)).graph)
-    first, second = (find_matches(canonical, PADDING, BUILT_IN_PROVIDERS[:1]) for _ in range(2))
-    assert [match.copied for match in first.candidates] == [match.copied for match in second.candidates]
-    assert [match.core for match in first.candidates] == [match.core for match in second.candidates]
-
-
-def test_without_the_copy_it_would_lie_elsewhere() -> None:
-    gm = graph_of(returns(SEEN["itself"]), (X, W))
-    canonical = canonicalize(gm.graph)
-    (match,) = find_matches(canonical, PADDING, BUILT_IN_PROVIDERS[:1]).candidates
-    before = layout(run(gm, (X, W)))
-    apply(canonical, [replace(match, copied=(), loose=match.copied)])
-    assert layout(run(gm, (X, W))) != before
 
 
 Padded = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Any, Any, Any]]
@@ -278,39 +234,24 @@ def test_loops_and_branches_get_what_they_were_traced_with() -> None:
         assert len(match.copied) == 1, model
 
 
-def launched(graph: fx.Graph, arguments: dict[str, fx.Node], written: list[str]) -> fx.Node:
-    """A Triton kernel of the user's, as Dynamo puts it into graphs."""
-    launch = {"kernel_idx": 0, "constant_args_idx": 0, "grid": [(1, 1, 1)], "tma_descriptor_metadata": {}}
-    given: dict[str, Any] = {**launch, "kwargs": arguments, "tensors_to_clone": written}
-    return graph.call_function(triton_kernel_wrapper_functional, (), given)
-
-
-def test_a_users_kernel_gets_the_strides_that_it_was_given_as_numbers() -> None:
-    graph = written(returns_written, {"x": X, "w": W})
-    (relu,) = graph.find_nodes(op="call_function", target=aten.relu.default)
-    (y,) = relu.all_input_nodes
-    with graph.inserting_before(relu):
-        kernel = launched(graph, {"x": y, "out": relu}, ["out"])
-    relu.append(kernel)
-    (match,) = matches_in(graph).candidates
-    assert [node.name for node in match.copied] == [y.name]
-
-
 def returns_written(x: Any, w: Any) -> Any:
     y = ops.rms_norm(x, w, 1e-6, "llama")
     return ops.pad(y, 8), aten.relu.default(y)
 
 
-def test_a_kernel_that_writes_elsewhere_does_not_write_to_what_is_padded() -> None:
+@pytest.mark.parametrize(("read", "written_to", "copies"), [("norm", "out", 1), ("pad", "out", 0), ("pad", "x", 1)])
+def test_a_users_kernel_gets_the_strides_that_it_was_given_as_numbers(read: str, written_to: str, copies: int) -> None:
+    """A Triton kernel, as Dynamo puts it into graphs; one that writes elsewhere doesn't write to what is padded."""
     graph = written(returns_written, {"x": X, "w": W})
     (pad,) = graph.find_nodes(op="call_function", target=ops.pad.overload)
     (relu,) = graph.find_nodes(op="call_function", target=aten.relu.default)
-    for written_to, copies in (("out", 0), ("x", 1)):
-        with graph.inserting_after(relu):
-            kernel = launched(graph, {"x": pad, "out": relu}, [written_to])
-        (match,) = matches_in(graph).candidates
-        assert len(match.copied) == copies
-        graph.erase_node(kernel)
+    launch = {"kernel_idx": 0, "constant_args_idx": 0, "grid": [(1, 1, 1)], "tma_descriptor_metadata": {}}
+    arguments = {"x": pad if read == "pad" else pad.args[0], "out": relu}
+    given: dict[str, Any] = {**launch, "kwargs": arguments, "tensors_to_clone": [written_to]}
+    with graph.inserting_after(relu):
+        graph.call_function(triton_kernel_wrapper_functional, (), given)
+    (match,) = matches_in(graph).candidates
+    assert [node.name for node in match.copied] == ["rms_norm_default"] * copies
 
 
 @pytest.mark.parametrize("reader", ["itself", "columns", "transposed", "opaque", "matmul"])
@@ -375,8 +316,7 @@ def test_what_only_another_pad_of_the_norm_reads_is_not_copied() -> None:
         return aten.constant_pad_nd.default(y, [0, 8]), aten.constant_pad_nd.default(y, [0, 16])
 
     found = matches_in(written(model, {"x": X, "w": W})).candidates
-    assert [match.copied for match in found] == [(), ()]
-    assert all(match.loose for match in found)
+    assert [(match.copied, bool(match.loose)) for match in found] == [((), True)] * 2
 
 
 def test_what_somebodys_pass_would_read_is_copied() -> None:
@@ -434,48 +374,53 @@ FINISHES: dict[str, tuple[Finish, list[int]]] = {
 }
 
 
-def own_match(finish: Finish, model: Callable[..., Any]) -> Match:
-    graph = written(model, {"x": X, "r": R, "w": W})
+Read = Callable[[Any, Any, Any, Any], Any]
+
+
+def own_match(finish: Finish, read: Read) -> Match:
+    """The match of that rule in a graph that reads both results, and the two arguments that the norm adds."""
+
+    def model(x: Any, r: Any, w: Any) -> Any:
+        y, total = ops.fused_add_rms_norm(x, r, w, 1e-6, "llama")
+        return read(aten.relu.default(y), total, x, r)
+
     rule = OwnNorm(finish)
     rule.validate()
+    graph = written(model, {"x": X, "r": R, "w": W})
     (match,) = find_matches(canonicalize(graph), {"own_norm": [rule]}, [MINE]).candidates
     return match
 
 
+def product(y: Any, total: Any, x: Any, r: Any) -> Any:
+    return aten.mm.default(y, aten.permute.default(total, [1, 0]))
+
+
+def product_later(y: Any, total: Any, x: Any, r: Any) -> Any:
+    aten.copy_.default(r, x)
+    return product(y, total, x, r)
+
+
 @pytest.mark.parametrize("finish", FINISHES)
 def test_a_users_rule_is_held_to_the_same_and_may_yield_anything_where_nobody_sees_it(finish: str) -> None:
-    def returned(x: Any, r: Any, w: Any) -> Any:
-        y, total = ops.fused_add_rms_norm(x, r, w, 1e-6, "llama")
-        return aten.relu.default(y), total
-
-    def read(x: Any, r: Any, w: Any) -> Any:
-        y, total = returned(x, r, w)
-        return aten.mm.default(y, aten.permute.default(total, [1, 0]))
-
     yields, elsewhere = FINISHES[finish]
-    for model, copied, loose in ((returned, elsewhere, []), (read, [], elsewhere)):
-        match = own_match(yields, model)
+    returned: Read = lambda y, total, x, r: (y, total)  # noqa: E731
+    for read, copied, loose in ((returned, elsewhere, []), (product, [], elsewhere)):
+        match = own_match(yields, read)
         found = [[match.outputs.index(node) for node in nodes] for nodes in (match.copied, match.loose)]
         assert found == [copied, loose]
 
 
-def test_strides_in_another_order_are_seen_through_pointwise_ops() -> None:
-    def scaled(x: Any, r: Any, w: Any) -> Any:
-        y, total = ops.fused_add_rms_norm(x, r, w, 1e-6, "llama")
-        return aten.mul.Tensor(aten.relu.default(y), 2), total
-
-    assert len(own_match(FINISHES["turned"][0], scaled).copied) == 1
-
-
-def test_an_argument_that_is_written_to_later_is_not_a_result() -> None:
-    def overwritten(x: Any, r: Any, w: Any) -> Any:
-        y, total = ops.fused_add_rms_norm(x, r, w, 1e-6, "llama")
-        positive = aten.relu.default(y)
-        aten.copy_.default(r, x)
-        return aten.mm.default(positive, aten.permute.default(total, [1, 0]))
-
-    assert len(own_match(FINISHES["a view of an argument"][0], overwritten).copied) == 1
-    assert own_match(FINISHES["as it comes"][0], overwritten).copied == ()
+@pytest.mark.parametrize(
+    ("finish", "read", "copies"),
+    [
+        ("turned", lambda y, total, x, r: (aten.mul.Tensor(y, 2), total), 1),
+        ("a view of an argument", product_later, 1),
+        ("as it comes", product_later, 0),
+    ],
+    ids=["strides in another order, through pointwise ops", "an argument that is written to later", "what is its own"],
+)
+def test_what_is_seen_of_a_users_rule(finish: str, read: Read, copies: int) -> None:
+    assert len(own_match(FINISHES[finish][0], read).copied) == copies
 
 
 def test_a_rewritten_graph_says_how_its_views_lie() -> None:
@@ -485,22 +430,17 @@ def test_a_rewritten_graph_says_how_its_views_lie() -> None:
 
     after, (match,) = rewritten(graph_of(model, (X, W)))
     assert match.loose
-    assert not match.copied
-    seen = 0
 
     class Checked(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            nonlocal seen
             real = super().run_node(n)
             if n.op == "call_function" and isinstance(real, Tensor):
                 meta = n.meta["val"]
                 assert (meta.stride(), meta.storage_offset()) == (real.stride(), real.storage_offset()), n.name
-                seen += 1
             return real
 
     with torch.no_grad():
         Checked(after).run(X, W)
-    assert seen
     values = [node.meta["val"] for node in after.graph.nodes if getattr(node.target, "is_view", False)]
     tensors = [each for value in values for each in (value if isinstance(value, list) else [value])]
     assert len({each.untyped_storage()._cdata for each in tensors}) == 1

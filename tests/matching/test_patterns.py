@@ -65,24 +65,17 @@ def test_built_in_patterns_match_as_by_inductor(graph: fx.Graph) -> None:
     ("pattern", "model", "matches"),
     [
         (lambda x, y: aten.mul.Tensor(aten.relu.default(x), y), lambda x, y: aten.mul.Tensor(aten.relu(x), y), True),
-        (lambda x, y: aten.mul.Tensor(aten.relu.default(x), y), lambda x, y: aten.mul.Tensor(x, y), False),
-        (lambda x: aten.mul.Tensor(x, x), lambda x, y: aten.mul.Tensor(x, x), True),
         (lambda x: aten.mul.Tensor(x, x), lambda x, y: aten.mul.Tensor(x, y), False),
-        (lambda x, k: aten.mul.Tensor(x, k), lambda x, y: aten.mul.Tensor(x, 2.5), True),
         (lambda x, k: aten.add.Tensor(aten.mul.Tensor(x, k), k), lambda x, y: aten.add(aten.mul(x, 2), 2), True),
         (lambda x, k: aten.add.Tensor(aten.mul.Tensor(x, k), k), lambda x, y: aten.add(aten.mul(x, 2), 3), False),
         (lambda x: aten.mul.Tensor(x, 2), lambda x, y: aten.mul.Tensor(x, 2), True),
-        (lambda x: aten.mul.Tensor(x, 2), lambda x, y: aten.mul.Tensor(x, 3), False),
         (lambda x: aten.mul.Tensor(x, 2), lambda x, y: aten.mul.Tensor(x, y), False),
         (lambda x, y: aten.add.Tensor(x, y), lambda x, y: aten.add.Tensor(x, y, alpha=2), False),
         (lambda x, y: aten.add.Tensor(x, y, alpha=2), lambda x, y: aten.add.Tensor(x, y, alpha=2), True),
-        (lambda x, y: aten.add.Tensor(x, y, alpha=2), lambda x, y: aten.add.Tensor(x, y, alpha=3), False),
         (lambda x, y: aten.add.Tensor(x, y, alpha=2), lambda x, y: aten.add.Tensor(x, y), False),
         (lambda x, y, k: aten.add.Tensor(x, y, alpha=k), lambda x, y: aten.add.Tensor(x, y, alpha=3), True),
         (lambda x, y: aten.cat.default([x, y, x], 1), lambda x, y: aten.cat.default([x, y, x], 1), True),
         (lambda x, y: aten.cat.default([x, y], 1), lambda x, y: aten.cat.default([x, y, x], 1), False),
-        (lambda x: aten.cat.default([x, x], 1), lambda x, y: aten.cat.default([x, y], 1), False),
-        (lambda x: aten.permute.default(x, [1, 0]), lambda x, y: aten.permute.default(x, [1, 0]), True),
         (lambda x: aten.permute.default(x, [1, 0]), lambda x, y: aten.permute.default(x, [0, 1]), False),
         (lambda x, dims: aten.permute.default(x, dims), lambda x, y: aten.permute.default(x, [0, 1]), True),
     ],
@@ -135,16 +128,6 @@ def test_a_name_that_a_pattern_of_all_overloads_leaves_out_is_looked_at() -> Non
         assert (found is not None) is matches
 
 
-def test_a_value_that_equals_nothing_is_bound() -> None:
-    """As Inductor binds it: a variable's first value is held against nothing."""
-    graph = fx.Graph()
-    anchor = graph.call_function(aten.mul.Tensor, (graph.placeholder("x"), float("nan")))
-    ours, theirs = both(pattern_of(lambda x, k: aten.mul.Tensor(x, k)), anchor)
-    assert ours is not None
-    assert theirs is not None
-    assert list(ours[0]) == list(theirs[0]) == ["x", "k"]
-
-
 def test_the_same_value_of_the_pattern_is_the_same_node() -> None:
     def shared(x: Any) -> Any:
         y = aten.relu.default(x)
@@ -188,7 +171,5 @@ def test_providers_are_asked_once_for_each_kind() -> None:
 
 def test_a_rule_that_calls_an_op_by_all_its_overloads_is_looked_for() -> None:
     """Which overload stands in the graph isn't known before it is matched."""
-    rule = Pattern(lambda x: aten.mul(aten.relu(x), 2))
-    assert rule.required_ops == frozenset()
-    rule = Pattern(lambda x: aten.mul.Tensor(aten.relu(x), 2))
-    assert rule.required_ops == {aten.mul.Tensor}
+    assert Pattern(lambda x: aten.mul(aten.relu(x), 2)).required_ops == frozenset()
+    assert Pattern(lambda x: aten.mul.Tensor(aten.relu(x), 2)).required_ops == {aten.mul.Tensor}

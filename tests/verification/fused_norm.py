@@ -53,10 +53,10 @@ def model(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 _numbers = itertools.count()
 
 
-def provider(kernel: Kernel, **arguments: Any) -> Provider:
+def provider(kernel: Kernel, op: Any = add_norm_relu, **arguments: Any) -> Provider:
     """A provider under a name of its own: torch keeps every kernel that it was ever given."""
     arguments.setdefault("uuid", kernel.__name__)
-    return provider_of(f"{kernel.__name__}_{next(_numbers)}", {add_norm_relu: kernel}, cost=0.0, **arguments)
+    return provider_of(f"{kernel.__name__}_{next(_numbers)}", {op: kernel}, cost=0.0, **arguments)
 
 
 def right(x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: str) -> tuple[Tensor, Tensor]:

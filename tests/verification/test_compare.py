@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fuseplan.verification.compare import BLOCK, bits, compare, described, unit_in_the_last_place
+from fuseplan.verification.compare import BLOCK, compare, unit_in_the_last_place
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 
@@ -118,14 +118,8 @@ def test_codes_of_pairs_may_be_one_apart() -> None:
 def test_what_is_not_finite_is_so_on_both_sides(got: float, wanted: float) -> None:
     actual, reference = torch.tensor([[got, 1.0]]), torch.tensor([[wanted, 1.0]])
     same = got == wanted or (got != got and wanted != wanted)
-    assert (compare(actual, reference, torch.ones(1, 2, dtype=torch.float64), 2.0).share <= 1) is same
-
-
-def test_the_worst_of_many_blocks_is_found_and_placed() -> None:
-    exact = torch.zeros(3, 5, 40_000, dtype=torch.float64)
-    actual = exact.float()
-    actual[2, 3, 17] = 1.0
-    assert compare(actual, exact.float(), exact, 2.0).text.startswith("element [2, 3, 17] is 1 where 0 is exact")
+    share = compare(actual, reference, torch.ones(1, 2, dtype=torch.float64), 2.0).share
+    assert share == (0 if same else float("inf"))
 
 
 def worst(actual: list[float], reference: list[float], exact: list[float], factor: float = 2.0) -> float:
@@ -162,10 +156,7 @@ def test_where_the_reference_overflows_its_row_is_allowed_no_more() -> None:
     assert 1 < compare(actual, reference, exact, 2.0).share < float("inf")
 
 
-def test_what_is_not_finite_on_both_sides_is_not_off_at_all() -> None:
-    for value in ("inf", "nan"):
-        same = torch.full((2, 2), float(value))
-        assert compare(same, same, same.double(), 2.0).share == 0
+def test_what_is_not_finite_on_one_side_alone_is_told_without_a_distance() -> None:
     one = torch.ones(2, 2)
     one[1, 0] = float("nan")
     found = compare(one, torch.ones(2, 2), torch.ones(2, 2).double(), 2.0)
@@ -205,23 +196,12 @@ def test_a_code_and_its_negative_are_as_far_apart_as_their_numbers() -> None:
 
 
 def test_what_is_wrong_is_counted_over_all_blocks() -> None:
-    exact = torch.zeros(5, BLOCK + 1, dtype=torch.float64)
+    exact = torch.zeros(1, 5, BLOCK // 2, dtype=torch.float64)
     actual = exact.float()
-    actual[:, -1] = torch.tensor([1.0, 2.0, 4.0, 3.0, 0.0])
+    actual[0, :, -1] = torch.tensor([1.0, 2.0, 3.0, 4.0, 0.0])
     found = compare(actual, exact.float(), exact, 2.0)
-    assert found.text.startswith(f"element [2, {BLOCK}] is 4 where 0 is exact")
+    assert found.text.startswith(f"element [0, 3, {BLOCK // 2 - 1}] is 4 where 0 is exact")
     assert found.text.endswith(f"; 4 of {actual.numel()} are wrong")
-
-
-def test_integers_are_told_by_their_numbers() -> None:
-    found = compare(torch.tensor([[3, 7]]), torch.tensor([[3, 4]]), torch.tensor([[3, 4]]), 8.0)
-    assert found.share == 2
-    assert found.text == "element [0, 1] is 7 where 4 is exact: off by 1, allowed 0.5; 1 of 2 are wrong"
-
-
-def test_tensors_are_described_by_dtype_sizes_and_strides() -> None:
-    text = described([torch.zeros(2, 3).t(), torch.zeros(4, dtype=torch.uint8)])
-    assert text == "float32[3, 2] with strides (1, 3); uint8[4] with strides (1,)"
 
 
 SIXTEEN, TWENTY, HALF = 0x58, 0x5A, 0x30
@@ -241,40 +221,3 @@ def test_codes_may_be_off_as_far_as_their_values_may(others: tuple[tuple[int, in
     actual = exact.view(torch.uint8).clone()
     actual[0, 1] = FOUR_AND_A_HALF
     assert compare(actual.view(FP8[0]), reference, exact, 2.0).share == pytest.approx(4 / allowed)
-
-
-@pytest.mark.parametrize(("noisy", "passes"), [(2, True), (1, False)])
-def test_a_row_in_which_the_reference_is_lucky_is_allowed_what_half_of_them_are(noisy: int, passes: bool) -> None:
-    exact = fp8(*[[SIXTEEN, HALF]] * 3)
-    reference = fp8(*[[TWENTY if row < noisy else SIXTEEN, HALF] for row in range(3)])
-    actual = exact.view(torch.uint8).clone()
-    actual[2, 1] = FOUR_AND_A_HALF
-    assert (compare(actual.view(FP8[0]), reference, exact, 2.0).share <= 1) is passes
-
-
-def test_what_is_no_number_allows_nothing_elsewhere() -> None:
-    nan_and_one, nan_and_two = fp8([0x7F, 0x38]), fp8([0x7F, 0x40])
-    assert compare(nan_and_two, nan_and_one, nan_and_one, 2.0).share > 1
-    e5m2 = torch.float8_e5m2
-    exact, reference = fp8([0x7B, 0x3C], dtype=e5m2), fp8([0x7C, 0x3C], dtype=e5m2)
-    assert compare(fp8([0x7C, 0x3F], dtype=e5m2), reference, exact, 2.0).share == pytest.approx(1.5)
-
-
-def test_what_is_as_far_off_as_allowed_is_not_wrong() -> None:
-    exact = packed(0x20, 0x20)
-    found = compare(packed(0x33, 0x42), exact, exact, 2.0, is_packed=True)
-    assert (found.share, found.text.split("; ")[1]) == (3, "3 of 4 are wrong")
-    assert compare(packed(0x31, 0x42), exact, exact, 2.0, is_packed=True).text.endswith("; 2 of 4 are wrong")
-
-
-def test_a_kernel_that_rounds_a_little_otherwise_is_allowed_half_a_unit_more() -> None:
-    exact = torch.tensor([[1.0, 3.0]], dtype=torch.float64)
-    actual = exact.float()
-    actual[0, 0] += 2 * torch.finfo(torch.float32).eps
-    assert compare(actual, exact.float(), exact, 2.5).share == pytest.approx(2 / 2.25)
-    assert compare(actual, exact.float(), exact, 2.0).share == 2
-
-
-def test_bits_are_those_of_the_elements_in_order() -> None:
-    assert bits(torch.tensor([[1, 2], [3, 4]], dtype=torch.uint8).t()).tolist() == [1, 3, 2, 4]
-    assert bits(torch.tensor(1.0)).tolist() == [0, 0, 0x80, 0x3F]

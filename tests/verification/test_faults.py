@@ -1,7 +1,12 @@
-"""Kernels that are wrong: the candidate goes, the plan is made again without it, the result stays right."""
+"""Kernels that are wrong: the candidate goes, the plan is made again without it, the result stays right. What was
+verified once is not verified again, and never believed of other hardware, versions or kernels.
+"""
 
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +14,16 @@ import torch
 from torch import Tensor, fx
 
 import fuseplan
+from fuseplan.caching import fingerprint
 from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import CompileRange, PassConfig
+from fuseplan.dialect import ops
 from fuseplan.providers import Provider
-from fuseplan.record import GraphReport, Nearness, Reason, Report
+from fuseplan.record import GraphReport, Nearness, Reason, Refusal, Report, Verification
+from fuseplan.rules import Rule
+from fuseplan.rules.families.cached_rotary import CACHED_ROTARY_RULES
+from fuseplan.verification import outcomes
+from tests import cached
 from tests.helpers import HIDDEN, post_grad, randn
 from tests.verification.fused_norm import (
     FAULTS,
@@ -41,15 +52,16 @@ def inputs(rows: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fuse(
-    traced: fx.Graph, *providers: Provider, span: CompileRange = SPAN, **options: Any
-) -> tuple[fx.GraphModule, GraphReport]:
+    traced: fx.Graph, *providers: Provider, span: CompileRange = SPAN, rules: Sequence[Rule] = (AddNormRelu(),),
+    **options: Any,
+) -> tuple[fx.GraphModule, GraphReport]:  # fmt: skip
     graph = fx.Graph()
     graph.output(graph.graph_copy(traced, {}))
     module = fx.GraphModule({}, graph)
     reports: list[Report] = []
     options.setdefault("verify_timeout_s", 0.5 if any("hangs" in each.name for each in providers) else 60.0)
     manager = PostGradPassManager(
-        PassConfig(**options), compile_range=span, rules=[AddNormRelu()], providers=providers, on_report=reports.append
+        PassConfig(**options), compile_range=span, rules=rules, providers=providers, on_report=reports.append
     )
     manager(module.graph)
     module.recompile()
@@ -62,13 +74,19 @@ def results(module: fx.GraphModule, rows: int) -> list[Tensor]:
     return list(module(*[rows] * len(symbols), *inputs(rows)))
 
 
+def warning_of(report: GraphReport) -> Refusal:
+    """What is said of a kernel that is wrong."""
+    (found,) = [each for each in report.refusals if each.reason is Reason.VERIFICATION and each.nearness is None]
+    return found
+
+
 @pytest.mark.parametrize("kernel", FAULTS, ids=lambda kernel: str(kernel.__name__))
 def test_a_wrong_kernel_is_not_applied_and_says_why(traced: fx.Graph, kernel: Kernel) -> None:
     module, report = fuse(traced, provider(kernel), span=LONG if kernel is wrong_above_4096 else SPAN)
     assert report.count(["add_norm_relu"]) == {"add_norm_relu": 0}
     (verified,) = report.verified
     assert not verified.passed
-    (warning,) = [each for each in report.refusals if each.reason is Reason.VERIFICATION and each.nearness is None]
+    warning = warning_of(report)
     place = [each for each in report.refusals if each.nearness is Nearness.REFUSED and each.op == "fused_add_rms_norm"]
     assert [each.reason for each in place] == [Reason.VERIFICATION]
     assert "\n" not in warning.detail
@@ -160,3 +178,122 @@ def test_a_kernel_that_rounds_elsewhere_with_leave_is_held_against_the_graph(tra
     _, report = fuse(traced, replace(mine, implements=offers), allow_rounding_changes=True)
     assert [fusion.rounding_change for fusion in report.applied] == [("llama", "fp32")]
     assert [outcome.passed for outcome in report.verified] == [True]
+
+
+# Kernels that write to their arguments: what is cached is held against the reference, and all else stays.
+
+
+def writes(*given: Any) -> Tensor:
+    q_out, keys, values = ops.rope_cache.reference(*given)
+    given[3].copy_(keys)
+    given[4].copy_(values)
+    return q_out  # type: ignore[no-any-return]
+
+
+def at_the_start(*given: Any) -> Tensor:
+    """It reads no positions."""
+    return writes(*given[:7], torch.arange(given[2].shape[2]), given[8])
+
+
+def keys_alone(*given: Any) -> Tensor:
+    return writes(*given[:4], given[4].clone(), *given[5:])
+
+
+def unrotated(*given: Any) -> Tensor:
+    q_out = writes(*given)
+    given[3][:, :, given[7]] = given[1]
+    return q_out
+
+
+def a_neighbour_too(*given: Any) -> Tensor:
+    q_out = writes(*given)
+    given[4][:, :, given[7] - 1] = given[2]
+    return q_out
+
+
+@pytest.mark.parametrize(
+    ("kernel", "wrong"), [(writes, None), (at_the_start, 1), (keys_alone, 2), (unrotated, 1), (a_neighbour_too, 2)]
+)
+def test_what_is_written_is_held_against_the_reference(kernel: Kernel, wrong: int | None) -> None:
+    traced = post_grad(cached.layer(), *cached.arguments())
+    _, report = fuse(traced, provider(kernel, ops.rope_cache), rules=CACHED_ROTARY_RULES[:1], verify="always")
+    assert [each.rule for each in report.applied] == ["rope_cache"] * (wrong is None)
+    assert [each.passed for each in report.verified] == [wrong is None]
+    if wrong is not None:
+        assert re.search(rf"result {wrong}: element .* is .* where .* is exact", warning_of(report).detail)
+
+
+# What was verified once.
+
+
+class Calls:
+    """How often a kernel ran. Data that a kernel names would be part of what the kernel is."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+CALLS = Calls()
+
+
+def counted(x: Tensor, *rest: Any) -> Any:
+    CALLS.count += 1
+    return reference(x, *rest)
+
+
+@pytest.fixture(autouse=True)
+def _uncounted() -> None:
+    CALLS.count = 0
+
+
+def test_a_second_compilation_runs_no_kernel(traced: fx.Graph) -> None:
+    mine, wrong = provider(counted), provider(yields_nan)
+    _, first = fuse(traced, mine)
+    assert CALLS.count == 5
+    _, second = fuse(traced, mine)
+    assert CALLS.count == 5
+    assert [each.from_cache for each in (*first.verified, *second.verified)] == [False, True]
+    assert (first.verified[0].worst, first.verified[0].tokens) == (second.verified[0].worst, second.verified[0].tokens)
+    fuse(traced, wrong)
+    _, report = fuse(traced, wrong)
+    assert (report.verified[0].from_cache, [*report.applied]) == (True, []), "what is wrong is remembered, too"
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [
+        (torch, "__version__", "99.0"), (fingerprint, "_local_devices", lambda: ["another GPU"]),
+        (torch.backends.cpu, "get_cpu_capability", lambda: "AVX1024"),
+    ],
+    ids=["torch", "gpu", "capability"],
+)  # fmt: skip
+def test_other_hardware_and_versions_are_another_question(
+    traced: fx.Graph, monkeypatch: pytest.MonkeyPatch, where: Any, name: str, value: Any
+) -> None:
+    mine = provider(counted)
+    fuse(traced, mine)
+    monkeypatch.setattr(where, name, value)
+    _, report = fuse(traced, mine)
+    assert not report.verified[0].from_cache
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"rule": 3}', b"[" * 40_000, b"x" * 2**17])
+def test_a_broken_file_is_no_outcome(traced: fx.Graph, cold: Path, content: bytes) -> None:
+    mine = provider(counted)
+    fuse(traced, mine)
+    (path,) = cold.glob("*.json")
+    assert json.loads(path.read_text())["passed"] is True
+    path.write_bytes(content)
+    _, report = fuse(traced, mine)
+    assert report.verified[0].passed
+    assert not report.verified[0].from_cache
+    assert CALLS.count == 10
+
+
+def test_a_cache_that_cannot_be_written_to_fails_nothing(traced: fx.Graph, cold: Path) -> None:
+    cold.parent.mkdir(parents=True)
+    cold.write_text("a file where the folder should be")
+    _, report = fuse(traced, provider(right))
+    assert report.count(["add_norm_relu"]) == {"add_norm_relu": 1}
+    outcomes.save("key", Verification(rule="r", op="o", provider="p", signature="s"))
+    assert outcomes.load("key") is None

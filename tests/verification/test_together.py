@@ -107,30 +107,19 @@ def test_where_no_other_rank_settles_it_is_refused(graph: fx.Graph, settles: boo
     assert refusal.mend == "forbid allreduce_rms:apart"
 
 
-@pytest.mark.usefixtures("others")
-def test_what_is_kept_comes_back(graph: fx.Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases: list[Any] = []
-    pending_of = together.pending_of
-
-    def noted(match: Any, signature: str, found: Any, unfused: Any) -> Pending:
-        cases.extend(found)
-        return pending_of(match, signature, found, unfused)
-
-    monkeypatch.setattr(verifier, "pending_of", noted)
-    (pending,) = decided(graph, settles=True).pending
-    again = from_json(Pending, json.loads(json.dumps(to_json(pending))))
-    assert again == pending
-    assert [together._arguments(case.arguments) for case in again.cases] == [case.arguments for case in cases]
-    dtypes = together._kept({"dtype": torch.float8_e4m3fn, "right": 8, "eps": 1e-6, "nothing": None})
-    assert together._arguments(dtypes) == {"dtype": torch.float8_e4m3fn, "right": 8, "eps": 1e-6, "nothing": None}
-
-
-@pytest.mark.parametrize(("fill", "kept"), [(1, 1.0), (0.25, 0.25), (float("inf"), None), (None, None)])
-def test_constants_stay_constants(fill: float | None, kept: float | None) -> None:
-    weight = spec(8, dtype=torch.bfloat16, fill=fill)
-    case = PendingCase(tokens=1, arguments=together._kept({"weight": weight}))
+def test_what_is_kept_comes_back() -> None:
+    weight = spec(8, dtype=torch.bfloat16, stride=(2,), off=6, device="meta")
+    arguments = {
+        "weight": weight, "same": dataclasses.replace(weight, same_as="weight"), "dtype": torch.float8_e4m3fn,
+        "right": 8, "eps": 1e-6, "nothing": None,
+    }  # fmt: skip
+    fills = {1: 1.0, 0.25: 0.25, float("inf"): None}
+    case = PendingCase(tokens=1, arguments=together._kept({
+        **arguments, **{str(fill): dataclasses.replace(weight, fill=fill) for fill in fills},
+    }))  # fmt: skip
     again = from_json(PendingCase, json.loads(json.dumps(to_json(case))))
-    assert together._arguments(again.arguments) == {"weight": dataclasses.replace(weight, fill=kept)}
+    constants = {str(fill): dataclasses.replace(weight, fill=kept) for fill, kept in fills.items()}
+    assert together._arguments(again.arguments) == {**arguments, **constants}
 
 
 @pytest.mark.usefixtures("others")

@@ -1,6 +1,5 @@
 """What is asked of each candidate, how often, and what becomes of findings; by checks that say what they are told."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
 
 from fuseplan.dialect import ops
 from fuseplan.graph.canonical import CanonicalGraph
@@ -20,11 +18,10 @@ from fuseplan.rules import Rule
 from fuseplan.verification import outcomes, region, verifier
 from fuseplan.verification.check import Finding
 from fuseplan.verification.deadline import AttemptError
-from fuseplan.verification.foreign import Foreign
 from fuseplan.verification.region import Region
-from fuseplan.verification.specs import Case, Sizes
+from fuseplan.verification.specs import Case
 from fuseplan.verification.together import shared_seed
-from fuseplan.verification.verifier import UNVERIFIED, Verifier, _Question
+from fuseplan.verification.verifier import Verifier, _Question
 from tests.helpers import HIDDEN, written
 from tests.verification.fused_norm import WEIGHT, AddNormRelu, add_norm_relu, provider, right
 
@@ -139,17 +136,12 @@ def test_how_the_graph_was_read_is_checked_once_and_rounding_as_the_graph_has_it
     verified(canonical, [match], own=[one])
     assert [how["unfused"] for _, how in checks.asked] == [{"rounding": "llama"}] * len(SIZES)
     assert [how["region"] is None for _, how in checks.asked] == [True, True, False, True, True]
-    assert {how["seed"] for _, how in checks.asked} != {0}
     assert len({how["seed"] for _, how in checks.asked}) == 1
     assert {(how["rule"], how["provider"], how["free"]) for _, how in checks.asked} == {(RULE, one.name, frozenset())}
-    checks.asked.clear()
     relu, total = match.outputs
-    for more, free in (
-        ({"copied": (total,)}, {1}), ({"loose": (relu,)}, {0}), ({"copied": (relu,), "loose": (total,)}, {0, 1}),
-    ):  # fmt: skip
+    for more, free in (({"copied": (total,)}, {1}), ({"copied": (relu,), "loose": (total,)}, {0, 1})):
         verified(canonical, [match_at(canonical, 0, one.name, **more)], own=[one])
-        assert checks.asked.pop()[1]["free"] == free
-    assert all(how["unfused"] == {} for _, how in checks.asked)
+        assert (checks.asked[-1][1]["free"], checks.asked[-1][1]["unfused"]) == (free, {})
 
 
 def test_layers_that_are_alike_are_run_once(checks: Checks, one: Any) -> None:
@@ -166,25 +158,24 @@ def test_layers_that_are_alike_are_run_once(checks: Checks, one: Any) -> None:
     assert len(checks.tokens) == 2 * len(SIZES)
 
 
-@pytest.mark.parametrize("mode", ["first-use", "always"])
-@pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("transient", [True, False])
+@pytest.mark.parametrize(
+    ("mode", "known", "transient", "kept"),
+    [("first-use", True, False, True), ("always", True, False, True), ("first-use", False, False, False),
+     ("first-use", True, True, False)],
+)  # fmt: skip
 def test_outcomes_are_kept_where_the_kernel_is_known(
-    checks: Checks, cold: Path, mode: str, known: bool, transient: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = provider(right)
-    canonical = graph_of()
+    checks: Checks, cold: Path, mode: str, known: bool, transient: bool, kept: bool, one: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     checks.found = {5: ZeroDivisionError("x")} if transient else {}
-    match = match_at(canonical, 0, own.name)
-    kind = outcomes.kind_of(RULE, own, None)
+    kind = outcomes.kind_of(RULE, one, None)
     monkeypatch.setattr(outcomes, "kind_of", lambda *_: replace(kind, is_known=known))
-    (first,) = verified(canonical, [match], mode=mode, own=[own])
-    is_kept = known and not transient
-    assert len(list(cold.glob("*.json"))) == is_kept
+    first = alone(one, mode=mode)
+    assert len(list(cold.glob("*.json"))) == kept
     count = len(checks.asked)
-    (second,) = verified(canonical, [match], mode=mode, own=[own])
+    second = alone(one, mode=mode)
     assert (first.from_cache, first.time_ns > 0) == (False, True)
-    if is_kept and mode == "first-use":
+    if kept and mode == "first-use":
         assert second == replace(first, from_cache=True, time_ns=0)
         assert len(checks.asked) == count
     else:
@@ -197,42 +188,10 @@ def test_nothing_is_verified_where_it_is_off_or_there_is_nothing(checks: Checks,
     matches = [match_at(canonical, layer, one.name) for layer in (0, 1)]
     assert verified(canonical, matches, own=[one], mode="off") == [None, None]
     assert verified(canonical, [], own=[one]) == []
-    off = Verifier(mode="off", providers=[one], deadline_s=1.0)
-    assert off.verify_chained([object()], canonical.graph, SPAN) == []  # type: ignore[list-item]
-    on = Verifier(mode="always", providers=[one], deadline_s=1.0)
-    assert on.verify_chained([], canonical.graph, SPAN) == []
+    for mode, asked in (("off", [object()]), ("always", [])):
+        verifying = Verifier(mode=mode, providers=[one], deadline_s=1.0)
+        assert verifying.verify_chained(asked, canonical.graph, SPAN) == []  # type: ignore[arg-type]
     assert not checks.asked
-    assert (on.device, on.rank, on.settles) == (None, None, False)
-    assert (on._foreign.mode, on._foreign.deadline_s) == ("always", 1.0)
-    assert on._foreign is on._foreign
-    assert on._provider(one.name) is one
-
-
-def test_passes_of_others_are_verified_once_each(monkeypatch: pytest.MonkeyPatch, one: Any) -> None:
-    outcome = Verification(rule="r", op="o", provider="external", signature="s")
-    asked: list[Any] = []
-
-    def verify(self: Any, match: Any, sizes: Sizes, span: tuple[int, int]) -> Verification:
-        asked.append((match, span))
-        return replace(outcome, rule=match)
-
-    monkeypatch.setattr(Foreign, "verify", verify)
-    chained = Verifier(mode="always", providers=[one], deadline_s=1.0)
-    found = chained.verify_chained(["a", "b", "a"], graph_of().graph, SPAN)  # type: ignore[list-item]
-    assert [each.rule for each in found] == ["a", "b"]
-    assert asked == [("a", SPAN), ("b", SPAN), ("a", SPAN)]
-
-
-def test_a_size_has_its_deadline(monkeypatch: pytest.MonkeyPatch, one: Any) -> None:
-    def late(*_: Any, **__: Any) -> Finding:
-        time.sleep(0.2)
-        raise AssertionError
-
-    canonical = graph_of(dynamic=False)
-    monkeypatch.setattr(verifier, "check", late)
-    (outcome,) = verified(canonical, [match_at(canonical, 0, one.name)], own=[one], deadline_s=0.01)
-    assert outcome.detail == "at 5 tokens: the kernel did not end within 0.01 s"
-    assert outcome.transient
 
 
 def met(*, group: Any = "g", runs_reference: bool = False, shares: bool = False, collective: bool = True) -> Any:
@@ -265,19 +224,6 @@ def question(match: Any, count: int = 3, **more: Any) -> _Question:
 
 
 LEFT = Verification(rule="rule", op="op", provider="p", signature="s")
-
-
-@pytest.mark.parametrize(
-    ("settles", "group", "backend"), [(False, "group", "gloo"), (True, None, "gloo"), (True, "group", "fake")]
-)
-def test_what_nobody_settles_is_refused(
-    settles: bool, group: Any, backend: str, checks: Checks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(verifier, "process_group", lambda name: group)
-    monkeypatch.setattr(torch.distributed, "get_backend", lambda group: backend)
-    verifying = Verifier(mode="always", providers=[], deadline_s=9.0, settles=settles)
-    assert verifying._run(question(met())) == replace(LEFT, passed=False, detail=UNVERIFIED)
-    assert not checks.asked
 
 
 def test_how_it_was_read_is_checked_before_it_is_left_to_all(checks: Checks, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,20 +272,6 @@ def test_ranks_that_meet_draw_by_a_seed_that_all_have(checks: Checks) -> None:
     assert {(how["seed"], how["rank"]) for _, how in checks.asked} == {(outcomes.seed_of("k"), None)}
 
 
-def test_questions_are_one_where_an_answer_is_enough() -> None:
-    def asked(**changes: Any) -> _Question:
-        return question(SimpleNamespace(**{**vars(met()), "rule": "rule", **changes}))
-
-    own = asked()
-    assert own.identity == asked().identity
-    others = [
-        asked(provider="q"), asked(values={"group_name": "h"}), asked(rule="r"), replace(own, key="l"),
-        replace(own, meets=False),
-    ]  # fmt: skip
-    assert replace(own, meets=False).identity == replace(asked(values={"group_name": "h"}), meets=False).identity
-    assert len({own.identity, *(each.identity for each in others)}) == 1 + len(others)
-
-
 def test_kernels_are_compiled_ahead_on_gpus_and_their_faults_left_to_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
     ahead: list[tuple[str, list[int]]] = []
@@ -371,36 +303,21 @@ def region_of(canonical: CanonicalGraph, match: Any) -> Region:
     return found
 
 
-def between(graph: fx.Graph, x: fx.Node, result: fx.Node) -> tuple[CanonicalGraph, Any]:
-    """A match of whatever computes one node of another."""
-    canonical = CanonicalGraph.copy_of(graph)
-    copies = {original: copy for copy, original in canonical.origin.items()}
-    return canonical, SimpleNamespace(values={"x": copies[x]}, outputs=(copies[result],))
-
-
 def test_a_region_is_what_computes_the_results() -> None:
     canonical = graph_of(dynamic=False)
     match = match_at(canonical, 1, "p")
     found = region_of(canonical, match)
     original = {each: canonical.origin[each] for each in canonical.graph.nodes}
     assert found.names == {original[match.values[name]]: name for name in ("x", "residual", "weight")}
-    assert found.outputs == tuple(original[each] for each in match.outputs if each)
     assert found.nodes == tuple(sorted(original[each] for each in match.consumed))
-    assert found.shaped == match.outputs
-    x, residual = torch.randn(5, HIDDEN).bfloat16(), torch.randn(5, HIDDEN).bfloat16()
-    values = found.evaluate({"x": x, "residual": residual, "weight": WEIGHT}, {})
-    expected = add_norm_relu.reference(x, residual, WEIGHT, 1e-6, "llama")
-    assert all(torch.equal(a, b) for a, b in zip(values, expected, strict=True))  # type: ignore[arg-type]
-
-
-def test_a_dead_result_is_none() -> None:
-    canonical = graph_of(dynamic=False)
-    match = match_at(canonical, 0, "p")
-    found = region_of(canonical, match.but(outputs=(match.outputs[0], None)))
-    assert found.outputs == (canonical.origin[match.outputs[0]], None)  # type: ignore[index]
-    values = found.evaluate({"x": X, "residual": X, "weight": WEIGHT}, {})
-    assert values[1] is None
-    assert Region.of(canonical, match.but(outputs=(None, None))) is None
+    inputs = {"x": torch.randn(5, HIDDEN).bfloat16(), "residual": torch.randn(5, HIDDEN).bfloat16(), "weight": WEIGHT}
+    expected = add_norm_relu.reference(*inputs.values(), 1e-6, "llama")
+    for outputs in (match.outputs, (match.outputs[0], None)):
+        for value, node, wanted in zip(
+            region_of(canonical, match.but(outputs=outputs)).evaluate(inputs, {}), outputs, expected, strict=True
+        ):
+            assert value is None if node is None else torch.equal(value, wanted)  # type: ignore[arg-type]
+    assert Region.of(canonical, match.but(outputs=(None, None))) is None, "dead results have none"
 
 
 def test_where_there_is_no_region() -> None:
@@ -419,52 +336,21 @@ def test_where_there_is_no_region() -> None:
     assert Region.of(canonical, match.but(outputs=(x, None), values={"x": x})) is None
 
 
-@pytest.mark.parametrize(("count", "is_there"), [(1, True), (128, True), (129, False)])
-def test_a_region_is_not_too_large(count: int, is_there: bool) -> None:
-    graph = fx.Graph()
-    x = last = graph.placeholder("x")
-    for _ in range(count):
-        last = graph.call_function(aten.relu.default, (last,))
-    graph.output((last,))
-    found = Region.of(*between(graph, x, last))
-    assert (found is not None) is is_there
-    assert found is None or len(found.nodes) == count
-
-
 def test_no_rank_runs_a_collective_of_an_engine_or_a_higher_order_op_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     canonical = graph_of(dynamic=False)
     match = match_at(canonical, 0, "p")
-    monkeypatch.setattr(region, "ENGINE_COLLECTIVES", frozenset({"aten::relu"}))
-    assert Region.of(canonical, match) is None
-    monkeypatch.setattr(region, "ENGINE_COLLECTIVES", frozenset())
-    assert Region.of(canonical, match) is not None
-    (first, _) = canonical.original.find_nodes(op="call_function", target=aten.relu.default)
-    first.target = torch.ops.higher_order.cond
-    assert Region.of(canonical, match) is None
-    first.target, args = torch.ops.higher_order.auto_functionalized, first.args
-    for op, evaluated, is_there in (
-        (aten.relu.default, {"aten::relu"}, True), (aten.relu.default, {"aten::tanh"}, False),
-        (aten.tanh.default, {"aten::relu"}, False),
+    relu = aten.relu.default
+    (first, _) = canonical.original.find_nodes(op="call_function", target=relu)
+    args, wrapper = first.args, torch.ops.higher_order.auto_functionalized
+    for target, own, collectives, evaluated, is_there in (
+        (relu, (), {"aten::relu"}, set(), False), (relu, (), set(), set(), True),
+        (torch.ops.higher_order.cond, (), set(), set(), False), (wrapper, (relu,), set(), {"aten::relu"}, True),
+        (wrapper, (relu,), set(), {"aten::tanh"}, False), (wrapper, (aten.tanh.default,), set(), {"aten::relu"}, False),
     ):  # fmt: skip
-        first.args = (op, *args)
+        first.target, first.args = target, (*own, *args)
+        monkeypatch.setattr(region, "ENGINE_COLLECTIVES", frozenset(collectives))
         monkeypatch.setattr(region, "EVALUATED", frozenset(evaluated))
         assert (Region.of(canonical, match) is not None) is is_there
-
-
-def test_sizes_are_no_part_of_a_region() -> None:
-    graph = fx.Graph()
-    size, x = graph.placeholder("size"), graph.placeholder("x")
-    size.meta["val"], x.meta["val"] = 5, torch.zeros(5, 8)
-    expanded = graph.call_function(aten.view.default, (x, [size, 8]))
-    result = graph.call_function(aten.relu.default, (expanded,))
-    for node in (expanded, result):
-        node.meta["val"] = x.meta["val"]
-    graph.output((result,))
-    canonical, match = between(graph, x, result)
-    assert region_of(canonical, match).nodes == (expanded, result)
-    for no_size in ("no size", torch.zeros(1)):
-        size.meta["val"] = no_size
-        assert Region.of(canonical, match) is None
 
 
 def test_a_result_may_be_a_reshape_in_the_graph() -> None:
@@ -474,29 +360,16 @@ def test_a_result_may_be_a_reshape_in_the_graph() -> None:
 
     canonical = graph_of(function, dynamic=False)
     (relu,) = canonical.calls(aten.relu.default)
-    x = relu.args[0]
-    match: Any = SimpleNamespace(values={"x": x}, outputs=(relu,))
-    own, flat = canonical.origin[relu], canonical.original.find_nodes(op="call_function", target=aten.view.default)[0]
-    assert region_of(canonical, match).outputs == (own,)
-    del canonical.origin[relu]
+    views = canonical.calls(aten.view.default)
+    match: Any = SimpleNamespace(values={"x": relu.args[0]}, outputs=(relu,))
+    assert region_of(canonical, match).outputs == (canonical.origin.pop(relu),)
     found = region_of(canonical, match)
-    assert found.outputs == (flat,)
+    assert found.outputs == (canonical.origin.pop(views[0]),)
     (value,) = found.evaluate({"x": torch.ones_like(X)}, {})
     assert value is not None
     assert torch.equal(value, torch.ones_like(X)), "in the shape of the result"
-    for view in canonical.calls(aten.view.default):
-        del canonical.origin[view]
+    del canonical.origin[views[1]]
     assert Region.of(canonical, match) is None, "a sine is no reshape"
-
-
-def test_values_that_are_no_tensors_have_no_shape() -> None:
-    result = graph_of(dynamic=False).calls(aten.relu.default)[0]
-    flat: Tensor = torch.zeros(5 * HIDDEN)
-    assert region._shaped(flat, result, {}).shape == (5, HIDDEN)
-    assert region._shaped(flat, None, {}) is flat
-    assert region._shaped(7, result, {}) == 7
-    del result.meta["val"]
-    assert region._shaped(flat, result, {}) is flat
 
 
 def test_what_a_match_sees_through_views_is_turned_back() -> None:
