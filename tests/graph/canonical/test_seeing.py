@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
-from fuseplan.graph.canonical.engines import engine_op, engine_op_name, is_engines, merge_equal_results, read_at
+from fuseplan.graph.canonical.engines import (
+    arguments_of,
+    engine_op,
+    engine_op_name,
+    is_engines,
+    merge_equal_results,
+    read_at,
+)
 from fuseplan.graph.canonical.noops import eliminate_noops, is_noop
 from fuseplan.graph.canonical.view import CanonicalGraph
 from fuseplan.graph.facts import aten, convert_element_type
@@ -107,6 +114,16 @@ def test_an_engines_op_is_what_is_called_or_what_is_functionalised() -> None:
     empty, item = graph.call_function(auto_functionalized, ()), graph.call_function(operator.getitem, (SEEN, 0))
     assert [engine_op(each) for each in (direct, wrapped, empty, item, x)] == [SEEN, SEEN, None, None, None]
     assert [engine_op_name(each) for each in (direct, wrapped, x)] == ["vllm_ir::seen", "vllm_ir::seen", ""]
+
+
+def test_arguments_are_by_name_with_those_that_are_left_out() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    usual = {"x": x, "size": 3, "eps": 0.5, "scale": None, "flag": True}
+    direct = graph.call_function(SEEN, (x, 3, 0.25, x), {"flag": False})
+    assert arguments_of(direct, SEEN) == {**usual, "eps": 0.25, "scale": x, "flag": False}
+    wrapped = graph.call_function(auto_functionalized, (SEEN,), {"x": x, "size": 3, "scale": x})
+    assert arguments_of(wrapped, SEEN) == {**usual, "scale": x}
 
 
 def test_a_result_that_is_taken_twice_is_one_value() -> None:
