@@ -79,6 +79,7 @@ def test_a_workload_without_fusions_says_so(tmp_path: Path) -> None:
         ([PADS, "--deadline", "0"], "", "deadline=0: allowed are seconds, more than 0 and finite"),
         ([PADS, "--repeats", "4"], "", "repeats=4: a median and its spread need at least 5"),
         ([PADS, "--range", "1:8", "--tokens", "9"], "", "tokens=9 lie in none of the ranges 1:8; add one that has"),
+        ([PADS, "--range", "8:1"], "", "compile range 8:1 is empty; write 1:8?"),
         ([PADS, "--provider", "tritn"], "", "unknown provider 'tritn'; did you mean 'triton'?"),
         ([], "", "give a WORKLOAD whose fusions are measured, or --device-only"),
         (["--device-only"], "", "measures a GPU, and torch sees none on this machine: run it where one is"),
