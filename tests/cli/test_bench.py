@@ -1,6 +1,7 @@
-"""`fuseplan bench` as a user meets it."""
+"""`fuseplan bench` and `fuseplan try` as a user meets them."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from fuseplan.cli import app
+from fuseplan.planner.costs import CostTable
 from fuseplan.workloads import catalog
 from fuseplan.workloads.models import GptOss, KVCache
 from tests.lines import one_line
@@ -103,8 +105,7 @@ def test_steps_of_built_in_models_decode_a_token_for_each_sequence() -> None:
 def test_steps_of_hugging_face_models_too() -> None:
     with catalog.build("llama-3.1-8b-tiny", layers=1, weights=True) as built, torch.no_grad():
         args, kwargs = built.step(2, context=8)
-        assert args == ()
-        assert kwargs["position_ids"].tolist() == [[7], [7]]
+        assert (args, kwargs["position_ids"].tolist()) == ((), [[7], [7]])
         assert built.model(**kwargs).logits.shape[:2] == (2, 1)
         assert kwargs["past_key_values"].layers[0].keys.shape[-2] == 8
 
@@ -116,3 +117,28 @@ def test_steps_of_a_factory_have_its_inputs_made_as_many() -> None:
         assert torch.equal(x[16:], built.inputs[0][:4])
         same, _ = built.step(None)
         assert all(a is b for a, b in zip(same, built.inputs, strict=True))
+
+
+@pytest.mark.usefixtures("by_code_at_night")  # tests/docs has it by code
+def test_one_command_tunes_times_and_explains(tmp_path: Path) -> None:
+    table, page = tmp_path / "costs.json", tmp_path / "try.html"
+    result = CliRunner().invoke(
+        app, ["try", f"{WORKLOADS}:pads", "--batch", "4", "--repeats", "5", "--out", str(table), "--html", str(page)]
+    )
+    assert result.exit_code == 0, result.output
+    first, *rest = result.stdout.splitlines()
+    took = r"; on cpu, batch 4: \S+ \S+ a step under the plan, \S+ \S+ under torch\.compile\.$"
+    assert re.search(took, first), first
+    assert re.match(
+        "The plan fuses nothing|The plan gains nothing|Whether the plan gains anything is unclear|A step takes ", first
+    )
+    assert "costs are measured for cpu" in "\n".join(rest)
+    assert len(CostTable.load(table, device="cpu").rows) == 2
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert re.search(r"\d of \d.*: tuning, ", result.stderr)
+    assert f"the report is in {page}" in result.stderr
+
+
+def test_what_a_try_can_not_write_is_found_before_anything_runs(tmp_path: Path) -> None:
+    arguments = [f"{WORKLOADS}:pads", "--html", str(tmp_path / "nowhere" / "try.html")]
+    assert one_line(CliRunner().invoke(app, ["try", *arguments]))

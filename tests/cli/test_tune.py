@@ -23,30 +23,19 @@ from tests.forks import Forks, Request
 from tests.lines import one_line
 from tests.ranks import variables_of_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 WORKLOADS = "tests.cli.tuned_workloads"
+PADS = f"{WORKLOADS}:pads"
 SITE = "add -> rms_norm -> pad 64:80 64 bfloat16 gpt_oss"
 FUSED = "act_padding fused_add_rms_norm_pad torch"
-ENVIRONMENT = {
-    **os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "",
-    "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
-}  # fmt: skip
 
 
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["tune", *arguments])
 
 
-def torchrun(*arguments: str, timeout: float = 180) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fuseplan", "tune"]
-    return subprocess.run(
-        [*command, *arguments], check=False, capture_output=True, text=True, env=ENVIRONMENT, timeout=timeout
-    )
-
-
 def test_rows_go_to_the_table_and_to_a_person(tmp_path: Path) -> None:
     path = tmp_path / "costs.json"
-    result = run(f"{WORKLOADS}:pads", "--tokens", "4", "--repeats", "5", "--out", str(path))
+    result = run(PADS, "--tokens", "4", "--repeats", "5", "--out", str(path))
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[0] == f"{SITE}, 1 in the model"
@@ -62,7 +51,7 @@ def test_json_and_the_default_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = cached_path("cpu")
     path.parent.mkdir(parents=True)
     path.write_text("{")  # a broken default is replaced
-    result = run(f"{WORKLOADS}:pads", "--range", "4", "--repeats", "5", "--json")
+    result = run(PADS, "--range", "4", "--repeats", "5", "--json")
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert {name: data[name] for name in ("schema", "tp", "device", "table", "skipped", "stopped")} == {
@@ -70,7 +59,7 @@ def test_json_and_the_default_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     }  # fmt: skip
     assert [(row["tokens"], row["provenance"], row["topology"]) for row in data["rows"]] == [(4, "measured", "tp1")] * 2
     assert len(CostTable.load(path, device="cpu").rows) == 2
-    explained = CliRunner().invoke(app, ["explain", f"{WORKLOADS}:pads", "--device", "cpu", "--range", "4"])
+    explained = CliRunner().invoke(app, ["explain", PADS, "--device", "cpu", "--range", "4"])
     assert "costs are measured for cpu" in explained.stdout
 
 
@@ -81,26 +70,31 @@ def test_a_workload_without_fusions_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "text"),
+    ("arguments", "ranks", "text"),
     [
-        (["--tp", "2"], {}, "tp=2 takes as many processes: torchrun --nproc-per-node 2 -m fuseplan tune ..."),
-        (["--tp", "0"], {}, "tp=0: give a number of ranks of at least 1, or leave it out"),
-        (["--tp", "4"], {"WORLD_SIZE": "2"}, "tp=4, but torchrun started 2 ranks; leave --tp out, or start as many"),
-        ([], {"WORLD_SIZE": "two"}, "WORLD_SIZE='two': allowed are numbers, as torchrun sets them"),
-        (["--deadline", "0"], {}, "deadline=0: allowed are seconds, more than 0 and finite"),
-        (["--repeats", "4"], {}, "repeats=4: a median and its spread need at least 5"),
-        (["--range", "1:8", "--tokens", "9"], {}, "tokens=9 lie in none of the ranges 1:8; add one that has them"),
-        (["--range", "8:1"], {}, "compile range 8:1 is empty; write 1:8?"),
-        (["--provider", "tritn"], {}, "unknown provider 'tritn'; did you mean 'triton'?"),
+        ([PADS, "--tp", "2"], "", "tp=2 takes as many processes: torchrun --nproc-per-node 2 -m fuseplan tune ..."),
+        ([PADS, "--tp", "0"], "", "tp=0: give a number of ranks of at least 1, or leave it out"),
+        ([PADS, "--tp", "4"], "2", "tp=4, but torchrun started 2 ranks; leave --tp out, or start as many"),
+        ([PADS], "two", "WORLD_SIZE='two': allowed are numbers, as torchrun sets them"),
+        ([PADS, "--deadline", "0"], "", "deadline=0: allowed are seconds, more than 0 and finite"),
+        ([PADS, "--repeats", "4"], "", "repeats=4: a median and its spread need at least 5"),
+        ([PADS, "--range", "1:8", "--tokens", "9"], "", "tokens=9 lie in none of the ranges 1:8; add one that has"),
+        ([PADS, "--range", "8:1"], "", "compile range 8:1 is empty; write 1:8?"),
+        ([PADS, "--provider", "tritn"], "", "unknown provider 'tritn'; did you mean 'triton'?"),
+        ([], "", "give a WORKLOAD whose fusions are measured, or --device-only"),
+        (["--device-only"], "", "measures a GPU, and torch sees none on this machine: run it where one is"),
+        (["--device-only", PADS, "--tokens", "4"], "", "GPU of this machine alone; leave WORKLOAD and --tokens"),
+        (["--device-only", "--repeats", "4"], "", "repeats=4: a median and its spread need at least 5"),
+        (["--device-only", "--only-unsure"], "", "leave --only-unsure out"),
     ],
 )
 def test_what_can_not_be_served_is_one_line(
-    arguments: list[str], environment: dict[str, str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], ranks: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    line = one_line(run(f"{WORKLOADS}:pads", "--out", str(tmp_path / "costs.json"), *arguments))
-    assert line.startswith(text)
+    if ranks:
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+    out = ["--out", str(tmp_path / "costs.json")] if PADS in arguments[:1] else []
+    assert text in one_line(run(*arguments, *out))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -108,7 +102,7 @@ def test_what_can_not_be_served_is_one_line(
 def test_a_broken_table_that_is_named_is_left_as_it_is(tmp_path: Path, content: str) -> None:
     path = tmp_path / "costs.json"
     path.write_text(content)
-    assert one_line(run(f"{WORKLOADS}:pads", "--out", str(path)))
+    assert one_line(run(PADS, "--out", str(path)))
     assert path.read_text() == content
 
 
@@ -130,7 +124,7 @@ main()
 def test_ctrl_c_leaves_a_whole_table(tmp_path: Path, forks: Forks) -> None:
     path, program = tmp_path / "costs.json", tmp_path / "program.py"
     program.write_text(INTERRUPTED)
-    arguments = ("tune", f"{WORKLOADS}:pads", "--repeats", "100000", "--out", str(path))
+    arguments = ("tune", PADS, "--repeats", "100000", "--out", str(path))
     (done,) = forks.outcomes(forks.start(Request(path=str(program), processes=[(arguments, {})])))
     assert done.status == 130, done.output
     # Libraries may tell of leaks at exit.
@@ -161,7 +155,13 @@ def test_ranks_measure_in_lock_step_and_one_writes(tmp_path: Path, forks: Forks)
 @pytest.mark.nightly
 @pytest.mark.distributed
 def test_a_rank_that_fails_ends_all_with_one_line(tmp_path: Path) -> None:
-    done = torchrun(f"{WORKLOADS}:fails_on_rank_1", "--tokens", "4", "--out", str(tmp_path / "costs.json"))
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fuseplan", "tune"]
+    command += [f"{WORKLOADS}:fails_on_rank_1", "--tokens", "4", "--out", str(tmp_path / "costs.json")]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, env={**os.environ, **own}, timeout=180
+    )  # fmt: skip
     assert done.returncode != 0
     assert done.stdout == ""
     lines = [line for line in done.stderr.splitlines() if line.startswith("fuseplan: ")]
@@ -195,20 +195,6 @@ def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["--device-only"], "--device-only measures a GPU, and torch sees none on this machine: run it where one is"),
-        (["--device-only", "llama-3.1-8b", "--tokens", "4"], "GPU of this machine alone; leave WORKLOAD and --tokens"),
-        (["--device-only", "--repeats", "4"], "repeats=4: a median and its spread need at least 5"),
-        ([], "give a WORKLOAD whose fusions are measured, or --device-only"),
-        (["--device-only", "--only-unsure"], "leave --only-unsure out"),
-    ],
-)
-def test_the_device_alone_needs_a_gpu_and_nothing_else(arguments: list[str], text: str) -> None:
-    assert text in one_line(run(*arguments))
-
-
 def test_what_was_measured_of_the_device_is_kept_and_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     constants = (Measured(name="launch", value=2100.0, unit="ns", spread=40.0),)
     record = DeviceRecord(
@@ -239,24 +225,26 @@ def doubtful(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("doubtful")
 def test_what_could_change_the_plan_is_told_and_measured_once(tmp_path: Path) -> None:
+    def explained(*arguments: str) -> list[str]:
+        shown = CliRunner().invoke(app, ["explain", PADS, "--device", "cpu", "--range", "4", *arguments]).stdout
+        return [line for line in shown.splitlines() if "--only-unsure" in line]
+
     path = tmp_path / "costs.json"
-    sizes = ("--range", "4")
-    explained = CliRunner().invoke(app, ["explain", f"{WORKLOADS}:pads", "--device", "cpu", *sizes])
-    (note,) = [line for line in explained.stdout.splitlines() if "--only-unsure" in line]
-    assert note == "note  measuring could change the plan in 1 place: fuseplan tune --only-unsure, about 8 s"
-    result = run(f"{WORKLOADS}:pads", *sizes, "--repeats", "5", "--only-unsure", "--out", str(path))
+    asked = (PADS, "--range", "4", "--only-unsure", "--out", str(path))
+    note = "note  measuring could change the plan in 1 place: fuseplan tune --only-unsure, about 8 s"
+    assert explained() == [note]
+    result = run(*asked, "--repeats", "5")
     assert result.exit_code == 0, result.output
     lines = result.stderr.splitlines()
     assert lines[0] == "2 alternatives of 1 class of places decide; measuring them takes about 8 s"
     assert lines[1] == f"{SITE} at 4 tokens: unfused, {FUSED}"
     assert result.stdout.splitlines()[-1] == f"2 rows in {path}"
-    again = run(f"{WORKLOADS}:pads", *sizes, "--only-unsure", "--out", str(path))
+    again = run(*asked)
     assert (again.exit_code, again.stdout) == (0, "nothing is unsure: no measurement could change the plan\n")
-    settled = ["explain", f"{WORKLOADS}:pads", "--device", "cpu", *sizes, "--costs", str(path)]
-    assert "--only-unsure" not in CliRunner().invoke(app, settled).stdout
+    assert explained("--costs", str(path)) == []
 
 
 def test_nothing_is_measured_where_nothing_is_unsure(tmp_path: Path) -> None:
-    result = run(f"{WORKLOADS}:pads", "--only-unsure", "--out", str(tmp_path / "costs.json"))
+    result = run(PADS, "--only-unsure", "--out", str(tmp_path / "costs.json"))
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout == "nothing is unsure: no measurement could change the plan\n"

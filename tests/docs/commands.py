@@ -76,17 +76,9 @@ class Shell:
 
     def run(self, command: Command) -> Outcome:
         """How the command ends."""
-        programs: dict[str, Callable[[Command], Outcome]] = {
-            "fuseplan": self._fuseplan,
-            "python": self._python,
-            "pytest": self._pytest,
-            "cat": self._cat,
-            "make": self._make,
-            "pip": self._pip,
-            "torchrun": self._torchrun,
-        }
-        assert command.program in programs, f"there is no way to run {command.program!r}"
-        return programs[command.program](command)
+        run: Callable[[Command], Outcome] | None = getattr(self, f"_{command.program}", None)
+        assert run is not None, f"there is no way to run {command.program!r}"
+        return run(command)
 
     def _fuseplan(self, command: Command) -> Outcome:
         # Pages show a machine that has nothing else to do.
@@ -134,10 +126,8 @@ class Shell:
     def _forked(self, command: Command, processes: Processes, **what: str) -> list[Outcome]:
         environment = {**self.environment, **command.environment}
         # Output is compared, and what a first compilation logs isn't part of what most pages are about.
-        request = Request(
-            **what, folder=str(self.folder), environment=environment, processes=processes, is_told=False
-        )  # fmt: skip
-        return self.forks.outcomes(self.forks.start(request))
+        told: dict[str, Any] = {**what, "environment": environment, "processes": processes, "is_told": False}
+        return self.forks.outcomes(self.forks.start(Request(folder=str(self.folder), **told)))
 
     def _cat(self, command: Command) -> Outcome:
         paths = [path for pattern in command.arguments for path in sorted(self.folder.glob(pattern))]

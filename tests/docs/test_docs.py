@@ -20,11 +20,12 @@ import fuseplan.record
 from docs.blocks import PAGES, ROOT, Block, blocks_of, save_files
 from docs.make_pictures import CHARTS, PICTURES, TERMINALS, lines_of
 from docs.make_pictures import PAGES as SCREENSHOTS
+from docs.measured import committed
 from fuseplan.cli import app
 from fuseplan.record import Nearness, Reason
 from fuseplan.workloads import catalog
 from tests.docs.commands import Command, Shell, commands_of, traced_once
-from tests.examples.printed import FUSED, check
+from tests.examples.test_examples import FUSED, check
 from tests.forks import Forks, Outcome
 from tests.matching.test_obstacles import OBSTACLES
 
@@ -247,19 +248,18 @@ def test_the_table_of_obstacles_is_the_one_that_is_planted() -> None:
 
 
 def test_tables_of_hugging_face_models_are_what_was_measured() -> None:
-    page = ROOT / "docs/huggingface.md"
-    measured = json.loads((ROOT / "benchmarks/results/huggingface.json").read_text(encoding="utf-8"))
+    page, measured = ROOT / "docs/huggingface.md", committed("huggingface")
     models = measured["explain"]
     rules = sorted(models["gpt-oss-120b"]["sites"])
-    heading = ["model", "layers", "norms", "all-reduces", *(f"`{rule}`" for rule in rules), "s", "CPU s", "MiB"]
-    assert f"| {' | '.join(heading)} |" in page.read_text(encoding="utf-8").splitlines()
-    assert rows_under("## What there is to fuse", page) == [
+    assert_fusions_are_listed(
+        page,
+        ["model", "layers", "norms", "all-reduces", *(f"`{rule}`" for rule in rules), "s", "CPU s", "MiB"],
         [
-            f"`{name}`", str(row["layers"]), str(sum(row["norms"].values())), str(row["all_reduces"]),
-            *(str(row["sites"][rule]) for rule in rules), str(row["s"]), str(row["cpu_s"]), str(row["peak_mib"]),
-        ]
-        for name, row in models.items()
-    ]  # fmt: skip
+            [f"`{name}`", row["layers"], sum(row["norms"].values()), row["all_reduces"],
+             *(row["sites"][rule] for rule in rules), row["s"], row["cpu_s"], row["peak_mib"]]
+            for name, row in models.items()
+        ],
+    )  # fmt: skip
     documented = [[names(row[0])[0], *row[1:]] for row in rows_under("## What compiling costs", page)]
     assert documented == [
         [kind, str(row["plain_cpu_s"]["median"]), *compile_costs(row["planned"]), *compile_costs(row["fused"])]
@@ -269,9 +269,15 @@ def test_tables_of_hugging_face_models_are_what_was_measured() -> None:
     assert f"At most {100 * max(share['q3'] for share in added):.1f} % is added" in page.read_text(encoding="utf-8")
 
 
+def assert_fusions_are_listed(page: Path, columns: list[str], rows: list[list[object]]) -> None:
+    """A page's table of what each rule finds in models."""
+    assert f"| {' | '.join(columns)} |" in page.read_text(encoding="utf-8").splitlines()
+    assert rows_under("## What there is to fuse", page) == [[str(cell) for cell in row] for row in rows]
+
+
 def test_hugging_face_models_are_measured_within_their_limits() -> None:
     """A minute and 4 GiB for a command, and a twentieth of a compilation."""
-    measured = json.loads((ROOT / "benchmarks/results/huggingface.json").read_text(encoding="utf-8"))
+    measured = committed("huggingface")
     for name, row in measured["explain"].items():
         assert row["cpu_s"] < 60, name
         assert row["peak_mib"] < 4 * 1024, name
@@ -281,23 +287,17 @@ def test_hugging_face_models_are_measured_within_their_limits() -> None:
 
 
 def test_the_table_of_models_under_vllm_is_what_was_measured() -> None:
-    page = ROOT / "docs/vllm.md"
-    measured = json.loads((ROOT / "benchmarks/results/vllm_sites.json").read_text(encoding="utf-8"))
-    models = measured["models"]
+    models = committed("vllm_sites")["models"]
     rules = sorted(models["llama TP=1"]["sites"])
-    heading = ["model", "norms", "all-reduces", *(f"`{rule}`" for rule in rules)]
-    assert f"| {' | '.join(heading)} |" in page.read_text(encoding="utf-8").splitlines()
-    assert rows_under("## What there is to fuse", page) == [
+    assert_fusions_are_listed(
+        ROOT / "docs/vllm.md",
+        ["model", "norms", "all-reduces", *(f"`{rule}`" for rule in rules)],
         [
-            f"`{name}`", str(counted("norm", row["recognised"])), str(counted("all_reduce", row["recognised"])),
-            *(str(row["sites"][rule]) for rule in rules),
-        ]
-        for name, row in models.items()
-    ]  # fmt: skip
-
-
-def counted(what: str, found: dict[str, int]) -> int:
-    return sum(count for op, count in found.items() if what in op)
+            [f"`{name}`", *(sum(count for op, count in row["recognised"].items() if what in op)
+                            for what in ("norm", "all_reduce")), *(row["sites"][rule] for rule in rules)]
+            for name, row in models.items()
+        ],
+    )  # fmt: skip
 
 
 def compile_costs(row: dict[str, Any]) -> list[str]:

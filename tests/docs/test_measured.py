@@ -68,17 +68,15 @@ def test_readme_states_what_was_run() -> None:
     assert measured.in_short() in words
 
 
-def test_pages_state_ranks_and_gpus_by_the_results_alone() -> None:
-    for page in ("index", "is-it-for-me", "providers"):
-        text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
-        assert "{{ gpus_run }}" in text, page
-        assert "{{ ranks_run }}" in text, page
-
-
-def test_the_page_on_who_may_use_it_states_engines_by_the_results() -> None:
-    text = (ROOT / "docs/is-it-for-me.md").read_text(encoding="utf-8")
-    assert "{{ in_short }}" in text
-    (row,) = [line for line in text.splitlines() if line.startswith("| vLLM |")]
+def test_pages_state_ranks_gpus_and_engines_by_the_results_alone() -> None:
+    texts = {
+        name: (ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in ("index", "is-it-for-me", "providers")
+    }
+    for name, text in texts.items():
+        assert "{{ gpus_run }}" in text, name
+        assert "{{ ranks_run }}" in text, name
+    assert "{{ in_short }}" in texts["is-it-for-me"]
+    (row,) = [line for line in texts["is-it-for-me"].splitlines() if line.startswith("| vLLM |")]
     assert "{{ engines_run }}" in row
     assert "several GPUs" not in row
     assert measured.engines_run().split(" and ")[-1] in measured.table()

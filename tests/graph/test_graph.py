@@ -1,15 +1,18 @@
+"""Graphs: what is known of their nodes, how they are copied and changed, and values that they compute twice."""
+
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch import Tensor, fx
 
-from fuseplan.graph.facts import depths, equal_size, is_pure, module_path, mutation_regions, source_line, targets_of
+from fuseplan.graph.facts import depths, is_pure, module_path, mutation_regions, source_line, targets_of
 from fuseplan.graph.legality import Contraction, external_inputs, is_computed_from, is_convex
+from fuseplan.graph.sharing import Shared
 from fuseplan.graph.surgery import call_function, copy_graph, erase_dead, is_sorted, sort_topologically
+from tests.helpers import quickly_traced
 
 aten = torch.ops.aten
 
@@ -35,7 +38,6 @@ def diamond() -> tuple[fx.Graph, dict[str, fx.Node]]:
 @pytest.mark.parametrize(
     ("region", "extra", "convex"),
     [
-        ("ab", "", True),
         ("ad", "", False),
         ("abcd", "", True),
         ("bc", "", True),
@@ -55,9 +57,7 @@ def test_convexity(region: str, extra: str, convex: bool) -> None:
     ("node", "other", "most", "found"),
     [
         ("d", "a", 100, True),
-        ("d", "x", 100, True),
         ("a", "d", 100, False),
-        ("e", "d", 100, False),
         ("e", "c", 100, False),
         ("a", "a", 100, False),
         ("d", "x", 3, False),
@@ -86,34 +86,19 @@ def test_groups_that_are_convex_can_be_cyclic_together() -> None:
     assert Contraction(graph).cycles([[a, c], [b, d]]) == [(0, 1)]
 
 
-def test_sorting_moves_only_what_must() -> None:
+def test_sorting_moves_only_what_must_and_refuses_cycles() -> None:
     graph, nodes = diamond()
-    late = graph.call_function(aten.sin.default, (nodes["x"],))
-    nodes["e"].append(late)
-    nodes["b"].replace_input_with(nodes["a"], late)
+    nodes["late"] = graph.call_function(aten.sin.default, (nodes["x"],))
+    nodes["e"].append(nodes["late"])
+    nodes["b"].replace_input_with(nodes["a"], nodes["late"])
     assert not is_sorted(graph)
     sort_topologically(graph)
     graph.lint()
-    assert [node.name for node in graph.nodes if node.op == "call_function"] == [
-        nodes[name].name if name in nodes else late.name for name in ("a", "c", "late", "b", "d", "e")
-    ]
-
-
-def test_cycles_can_not_be_sorted() -> None:
-    graph, nodes = diamond()
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    assert calls == [nodes[name] for name in ("a", "c", "late", "b", "d", "e")]
     nodes["a"].replace_input_with(nodes["x"], nodes["d"])
     with pytest.raises(ValueError, match="the graph is cyclic"):
         sort_topologically(graph)
-
-
-def test_copies_know_their_originals() -> None:
-    graph, nodes = diamond()
-    copy, origin = copy_graph(graph)
-    assert str(copy) == str(graph)
-    assert {origin[node] for node in copy.nodes} == set(graph.nodes)
-    copy.erase_node(copy.output_node())
-    graph.lint()
-    assert nodes["d"].users
 
 
 def test_copies_are_of_the_same_calls_and_stand_alone() -> None:
@@ -122,45 +107,28 @@ def test_copies_are_of_the_same_calls_and_stand_alone() -> None:
     both = graph.call_function(aten.cat.default, ([x, y],), {"dim": 0})
     both.meta["val"] = "a value"
     graph.output(((both, x),))
-    graph.output_node().meta["seen"] = True
     copy, origin = copy_graph(graph)
     copy.lint()
-    assert [(n.name, n.op, n.target, n.meta) for n in copy.nodes] == [
-        (n.name, n.op, n.target, n.meta) for n in graph.nodes
-    ]
-    assert [fx.map_arg((n.args, n.kwargs), origin.__getitem__) for n in copy.nodes] == [
-        (n.args, n.kwargs) for n in graph.nodes
-    ]
-    assert [[origin[user] for user in n.users] for n in copy.nodes] == [[*n.users] for n in graph.nodes]
+    for node in copy.nodes:
+        original = origin[node]
+        assert (node.name, node.op, node.target) == (original.name, original.op, original.target)
+        assert fx.map_arg((node.args, node.kwargs), origin.__getitem__) == (original.args, original.kwargs)
+        assert [origin[user] for user in node.users] == [*original.users]
+        assert node.meta == original.meta
+    assert [*origin.values()] == [*graph.nodes]
     (call,) = copy.find_nodes(op="call_function", target=aten.cat.default)
     call.meta["val"] = "another"
     call.args = ([call.args[0][0]],)
-    assert both.meta["val"] == "a value"
-    assert both.args == ([x, y],)
+    assert (both.meta["val"], both.args) == ("a value", ([x, y],))
+    sharing, origin = copy_graph(graph, shares_meta=True)
+    assert all(node.meta is origin[node].meta for node in sharing.nodes)
 
 
 def test_names_in_a_copy_are_taken() -> None:
-    graph, _ = diamond()
+    graph, nodes = diamond()
     copy, _ = copy_graph(graph)
-    assert len(copy.nodes) == len(graph.nodes)
-    names = [node.name for node in graph.nodes]
-    with copy.inserting_before(copy.output_node()):
-        added = [copy.create_node("call_function", aten.relu.default, (), {}, name) for name in names]
-    assert len({node.name for node in copy.nodes}) == 2 * len(names)
-    copied = [node for node in copy.nodes if node not in added]
-    copied[0]._rename(names[1])
-    assert copied[0].name not in names
-    assert [node.name for node in graph.nodes] == names
-
-
-def test_what_was_declared_to_have_effects_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    graph = fx.Graph()
-    x = graph.placeholder("x")
-    kept = graph.call_function(operator.neg, (x,))
-    gone = graph.call_function(aten.relu.default, (x,))
-    graph.output(x)
-    monkeypatch.setattr(fx.node, "_side_effectful_functions", {*fx.node._side_effectful_functions, operator.neg})
-    assert erase_dead(graph, [kept, gone]) == [gone]
+    added = copy.create_node("call_function", aten.relu.default, (), {}, nodes["a"].name)
+    assert added.name not in {node.name for node in graph.nodes}
 
 
 @pytest.mark.parametrize(
@@ -182,10 +150,8 @@ def test_what_surely_has_no_effect(target: object, pure: bool) -> None:
 def test_what_a_graph_calls_is_known_without_a_walk_over_its_nodes() -> None:
     graph, nodes = diamond()
     assert set(targets_of(graph)) == {aten.add.Tensor, aten.relu.default}
-    output = graph.output_node()
-    output.args = ((nodes["e"],),)
+    graph.output_node().args = ((nodes["e"],),)
     graph.erase_node(nodes["d"])
-    assert targets_of(graph) == [aten.relu.default]
     nodes["e"].target = aten.neg.default
     assert set(targets_of(graph)) == {aten.relu.default, aten.neg.default}
 
@@ -198,8 +164,7 @@ def test_a_call_is_as_torch_makes_it() -> None:
     before, after = (call_function(nodes[place], aten.cat.default, args, before=place == "d") for place in "dc")
     for node in (before, after, theirs):
         assert (node.op, node.target, node.args, node.kwargs) == ("call_function", aten.cat.default, args, {})
-        assert node in nodes["b"].users
-        assert node in nodes["c"].users
+        assert {nodes["b"], nodes["c"]} <= {each for each in graph.nodes if node in each.users}
         assert type(node.args[0]) is type(theirs.args[0])
     assert [before.name, after.name, theirs.name] == ["cat_default_1", "cat_default_2", "cat_default"]
     assert [nodes["c"].next, nodes["c"].next.next, nodes["d"].prev] == [after, theirs, before]
@@ -210,93 +175,143 @@ def test_a_call_is_as_torch_makes_it() -> None:
 
 
 def test_a_call_is_erased_as_torch_erases_it() -> None:
-    (ours, mine), (theirs, other) = diamond(), diamond()
-    hooked: list[str] = []
-    module = fx.GraphModule({}, ours)
-    for graph, nodes in ((ours, mine), (theirs, other)):
-        graph.output_node().args = ((nodes["e"], nodes["d"]),)
-        both = graph.call_function(aten.cat.default, ([nodes["b"], nodes["c"]],), {"dim": -1})
-        erase_dead(graph, [both]) if graph is ours else graph.erase_node(both)
-        assert both._erased
-        assert (both.args, both.kwargs, both.all_input_nodes) == (([None, None],), {"dim": -1}, [])
-        assert both not in nodes["b"].users
-        assert not graph.find_nodes(op="call_function", target=aten.cat.default)
-    assert (str(ours), len(ours.nodes)) == (str(theirs), len(theirs.nodes))
-    module._erase_node_hooks = [lambda node: hooked.append(node.name)]
-    assert erase_dead(ours, [ours.create_node("call_function", aten.relu.default, (mine["x"],), name="unread")])
-    assert hooked == ["unread"]
-    ours.lint()
-
-
-def test_a_copy_that_shares_metadata_has_the_same_dictionaries() -> None:
-    graph, _ = diamond()
-    copy, origin = copy_graph(graph, shares_meta=True)
-    assert all(node.meta is origin[node].meta for node in copy.nodes)
-    copy.lint()
-
-
-def test_sizes_are_equal_whatever_their_symbols_are() -> None:
-    environment = ShapeEnv()
-    context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DUCK] * 2)
-    fake = FakeTensorMode(shape_env=environment).from_tensor(torch.empty(6, 8), symbolic_context=context)
-    rows, width = fake.shape
-    guards = len(environment.guards)
-    assert equal_size(rows, rows)
-    assert equal_size(rows + width, width + rows)
-    assert equal_size(2 * rows // 2, rows)
-    assert not equal_size(rows, width)
-    assert not equal_size(rows, 6)
-    assert not equal_size(6, 8)
-    assert equal_size(8, 8)
-    assert len(environment.guards) == guards
-
-
-def test_dead_nodes_go_and_side_effects_stay() -> None:
     graph, nodes = diamond()
-    output = graph.output_node()
-    written = graph.call_function(aten.copy_.default, (nodes["x"], nodes["d"]))
-    output.prepend(written)
-    output.args = ((nodes["e"],),)
-    assert erase_dead(graph, [nodes["d"], written]) == []
-    graph.erase_node(written)
-    assert set(erase_dead(graph, [nodes["d"]])) == {nodes["d"], nodes["c"]}
+    hooked: list[str] = []
+    module, size = fx.GraphModule({}, graph), len(graph.nodes)
+    both = graph.call_function(aten.cat.default, ([nodes["b"], nodes["c"]],), {"dim": -1})
+    assert erase_dead(graph, [both]) == [both]
+    assert (both._erased, both.args, both.kwargs) == (True, ([None, None],), {"dim": -1})
+    assert both not in nodes["b"].users
+    assert not graph.find_nodes(op="call_function", target=aten.cat.default)
+    assert len(graph.nodes) == len([*graph.nodes]) == size
+    module._erase_node_hooks = [lambda node: hooked.append(node.name)]
+    erase_dead(graph, [graph.create_node("call_function", aten.relu.default, (nodes["x"],), name="unread")])
+    assert hooked == ["unread"]
     graph.lint()
 
 
-def test_regions_are_split_by_mutations() -> None:
+def test_dead_nodes_go_and_side_effects_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     graph, nodes = diamond()
-    written = graph.call_function(aten.copy_.default, (nodes["x"], nodes["a"]))
-    nodes["a"].append(written)
-    regions = mutation_regions(graph)
-    assert [regions[nodes[name]] for name in "xab"] == [0, 0, 1]
+    output = graph.output_node()
+    written = graph.call_function(aten.copy_.default, (nodes["x"], nodes["d"]))
+    declared = graph.call_function(operator.neg, (nodes["x"],))
+    output.prepend(written)
+    output.args = ((nodes["e"],),)
+    monkeypatch.setattr(fx.node, "_side_effectful_functions", {*fx.node._side_effectful_functions, operator.neg})
+    assert erase_dead(graph, [nodes["d"], written, declared]) == []
+    graph.erase_node(written)
+    assert set(erase_dead(graph, [nodes["d"]])) == {nodes["d"], nodes["c"]}
+    graph.erase_node(declared)
+    graph.lint()
 
 
-def test_depth_is_the_longest_path() -> None:
+def test_regions_are_split_by_mutations_and_depth_is_the_longest_path() -> None:
     graph, nodes = diamond()
     assert [depths(graph)[nodes[name]] for name in "xabde"] == [0, 1, 2, 3, 3]
+    nodes["a"].append(graph.call_function(aten.copy_.default, (nodes["x"], nodes["a"])))
+    assert [mutation_regions(graph)[nodes[name]] for name in "xab"] == [0, 0, 1]
 
 
-PATHS = {
-    "L['self']": None,
-    "L['fn'].0.fn.norm": "0.fn.norm",  # the root is called fn, and so is a module in it
-    "L['fn'].__self__.layers.1._orig_mod.self": "layers.1.self",
-    "G['model'].L.norm": "model.L.norm",
-    "L['self']._modules['layers']._modules['3'].norm": "layers.3.norm",
-}
-
-
-def test_places_in_the_user_model() -> None:
-    graph = fx.Graph()
-    node = graph.call_function(operator.add, (1, 2))
-    assert module_path(node) is None
-    assert source_line(node) is None
-    node.meta["nn_module_stack"] = {
-        "k": ("L['self']._modules['layers']._modules['3']", None),
-        "m": ("L['self'].layers[3].mlp", None),
-    }
-    assert module_path(node) == "layers.3.mlp"
-    for path, expected in PATHS.items():
-        node.meta["nn_module_stack"] = {"k": (path, None)}
-        assert module_path(node) == expected
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("L['self']", None),
+        ("L['fn'].0.fn.norm", "0.fn.norm"),  # the root is called fn, and so is a module in it
+        ("L['fn'].__self__.layers.1._orig_mod.self", "layers.1.self"),
+        ("G['model'].L.norm", "model.L.norm"),
+        ("L['self']._modules['layers']._modules['3'].norm", "layers.3.norm"),
+        ("L['self'].layers[3].mlp", "layers.3.mlp"),
+    ],
+)
+def test_places_in_the_user_model(path: str, expected: str | None) -> None:
+    node = fx.Graph().call_function(operator.add, (1, 2))
+    assert (module_path(node), source_line(node)) == (None, None)
+    node.meta["nn_module_stack"] = {"k": ("L['self'].an.outer", None), "m": (path, None)}
     node.meta["stack_trace"] = '  File "a/model.py", line 12, in forward\n    y = f(x)\n'
-    assert source_line(node) == "model.py:12"
+    assert (module_path(node), source_line(node)) == (expected, "model.py:12")
+
+
+# Values that a graph computes more than once.
+
+LENGTH, X = torch.tensor(3), torch.zeros(2, 4)
+
+
+def mask(length: Tensor, hidden: float = float("-inf"), zero: float = 0.0) -> Tensor:
+    return torch.where(torch.arange(4) <= length, torch.tensor(zero), torch.tensor(hidden))
+
+
+def equal(length: Tensor, x: Tensor) -> list[Tensor]:
+    return [x + mask(length), x - mask(length)]
+
+
+def readers(graph: fx.Graph) -> list[fx.Node]:
+    found = (graph.find_nodes(op="call_function", target=getattr(aten, name).Tensor) for name in ("add", "sub"))
+    return [next(node for node in nodes if node.meta["val"].shape == X.shape) for nodes in found]
+
+
+def shared(graph: fx.Graph) -> bool:
+    """Whether the second reader is given what the first one reads."""
+    found, (first, second) = Shared(graph), readers(graph)
+    assert found.first(value_of(first), first) is value_of(first)
+    given = found.first(value_of(second), second)
+    assert given in (value_of(first), value_of(second))
+    return given is value_of(first)
+
+
+def value_of(reader: fx.Node) -> fx.Node:
+    (value,) = (each for each in reader.all_input_nodes if each.op != "placeholder")
+    return value
+
+
+@pytest.mark.parametrize(
+    ("function", "is_shared"),
+    [
+        (equal, True),
+        (lambda length, x: [x + mask(length, -1e9), x - mask(length, -1e8)], False),
+        (lambda length, x: [x + mask(length, zero=0.0), x - mask(length, zero=-0.0)], False),
+        (lambda length, x: [x + mask(length), x - mask(length + 1)], False),
+        (lambda length, x: [x + torch.bernoulli(x), x - torch.bernoulli(x)], False),
+        (lambda length, x: [x + torch.relu(x @ x.T)[:, :1], x - torch.relu(x @ x.T)[:, :1]], False),
+    ],
+    ids=["equal", "other numbers", "other signs", "another input", "drawn", "products"],
+)
+def test_values_are_shared_that_the_same_calls_compute(function: Callable[..., Any], is_shared: bool) -> None:
+    assert shared(quickly_traced(function, LENGTH, X)) == is_shared
+
+
+@pytest.mark.parametrize("place", ["between the values", "before the second reader"])
+def test_nothing_is_shared_across_a_mutation(place: str) -> None:
+    graph = quickly_traced(equal, LENGTH, X)
+    length = graph.find_nodes(op="placeholder")[0]
+    second = graph.find_nodes(op="call_function", target=aten.where.self)[-1]
+    before = readers(graph)[1] if place == "before the second reader" else second
+    with graph.inserting_before(before):
+        written = graph.call_function(aten.add_.Tensor, (length, 1))
+        written.meta["val"] = length.meta["val"]
+    assert not shared(graph)
+
+
+def test_what_is_used_twice_at_each_step_is_looked_at_once() -> None:
+    """Otherwise 2 ** 30 times."""
+
+    def squared(length: Tensor, x: Tensor) -> list[Tensor]:
+        hidden = mask(length)
+        for _ in range(30):
+            hidden = hidden * hidden
+        return [x + hidden, x - hidden * 2]
+
+    graph = quickly_traced(squared, LENGTH, X)
+    found = Shared(graph)
+    reader = readers(graph)[0]
+    for value in graph.find_nodes(op="call_function", target=aten.mul.Tensor):
+        assert found.first(value, reader) is value
+
+
+def test_what_is_erased_is_no_longer_shared() -> None:
+    graph = quickly_traced(equal, LENGTH, X)
+    found, (first, second) = Shared(graph), readers(graph)
+    value = found.first(value_of(first), first)
+    first.replace_all_uses_with(graph.find_nodes(op="placeholder")[1])
+    graph.erase_node(first)
+    graph.erase_node(value)
+    assert found.first(value_of(second), second) is value_of(second)

@@ -16,8 +16,7 @@ def test_json_has_every_figure() -> None:
     data = bench_to_json(BENCH)
     assert {name: data[name] for name in data if name != "batches"} == {
         "schema": 1, "workload": "a [model]", "tp": 2, "device": "h200", "torch": "2.11.0", "triton": "3.6.0",
-        "date": "2026-11-27", "command": "as it was", "repeats": 9,
-        "notes": ["mind"],
+        "date": "2026-11-27", "command": "as it was", "repeats": 9, "notes": ["mind"],
     }  # fmt: skip
     first, second = data["batches"]
     assert (first["batch"], first["steps"], second["batch"]) == (1, 10, 8)
@@ -28,7 +27,6 @@ def test_json_has_every_figure() -> None:
     }  # fmt: skip
     assert second["policies"][0]["tokens_per_s"] == 8888.9
     assert [each["noise"] for each in first["policies"]] == [False, False, True, True, True]
-    assert [each["repeats_needed"] for each in first["policies"]] == [None] * 5
     assert first["policies"][1]["same_as"] == "planned"
     _, open_ones = bench_to_json(unclear())["batches"]
     assert [each["repeats_needed"] for each in open_ones["policies"]] == [None, None, None, 16, 16, None, None, None]
@@ -49,23 +47,18 @@ def test_a_picture_is_written_as_png_and_svg(tmp_path: Path, name: str) -> None:
     png, svg = save_plot(BENCH, tmp_path / name)
     stem = name.removesuffix(".png").removesuffix(".svg")
     assert (png, svg) == (tmp_path / f"{stem}.png", tmp_path / f"{stem}.svg")
+    assert {*tmp_path.iterdir()} == {png, svg}
     assert png.read_bytes().startswith(b"\x89PNG\r\n")
     texts = "".join(ElementTree.fromstring(svg.read_text(encoding="utf-8")).itertext())
-    for expected in ("a [model]: time of a step", "batch 8", "planned", "-10.0 % (-10.4 to -9.6)", "even", "1.05 ms",
-                     "torch.compile"):  # fmt: skip
+    for expected in ("a [model]: time of a step", "batch 8", "-10.0 % (-10.4 to -9.6)", "even", "1.05 ms"):
         assert expected in texts
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({png.name, svg.name})
+    assert save_plot(BENCH, tmp_path / "again")[1].read_bytes() == svg.read_bytes()
 
 
-def test_equal_figures_are_equal_files(tmp_path: Path) -> None:
+def test_what_can_not_be_drawn_or_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    first, second = (save_plot(BENCH, tmp_path / name) for name in "ab")
-    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     with pytest.raises(ReportError, match=r"^plot '.*steps.png' can't be written: No such file or directory$"):
         check_plot(tmp_path / "nowhere" / "steps")
-
-
-def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ReportError, match=r"^a plot needs matplotlib: pip install matplotlib$"):
         check_plot(tmp_path / "steps.png")

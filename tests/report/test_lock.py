@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 
 from fuseplan.errors import LockError
 from fuseplan.report.drift import drifts
-from fuseplan.report.lock import ANY_SIZE, LARGEST_BYTES, FusionLock, Kernel, LockSettings, parse_span, span_text
+from fuseplan.report.lock import ANY_SIZE, LARGEST_BYTES, FusionLock, Kernel, LockSettings, parse_span
 from fuseplan.report.places import module_of
 from tests.report.locked import SPANS, applied, fusion, graph, norms, refusal, report, settings
 
 LAYERS = 36
 
 
-def gpt_oss(missing: tuple[int, ...] = ()) -> FusionLock:
+def gpt_oss() -> FusionLock:
     """As gpt-oss-120b's: a fusion a layer, and one before all of them, the same in both ranges."""
     fusions = applied("allreduce_rms", ["layers.0.input_norm"])
-    fusions += applied("allreduce_rms_padding", norms(layer for layer in range(LAYERS) if layer not in missing))
+    fusions += applied("allreduce_rms_padding", norms(range(LAYERS)))
     return FusionLock.of(settings("1:64", "65:512", tp=2), report(*(graph(fusions, span=span) for span in SPANS)))
 
 
@@ -38,11 +38,6 @@ def test_thirty_six_layers_are_a_few_lines() -> None:
     )
     assert lock.fused == {"allreduce_rms": 2, "allreduce_rms_padding": 2 * LAYERS}
     assert lock.text() == json.dumps(json.loads(lock.text()), indent=1, sort_keys=True) + "\n"
-
-
-def test_a_layer_less_is_a_line_of_a_diff() -> None:
-    before, after = (set(lock.text().splitlines()) for lock in (gpt_oss(), gpt_oss((7,))))
-    assert {line.strip() for line in before ^ after} == {'"layers.0-35.norm"', '"layers.0-6,8-35.norm"'}
 
 
 def test_ranges_that_differ_stand_apart_and_empty_ones_are_named() -> None:
@@ -70,8 +65,8 @@ def test_graphs_are_counted_together_and_lines_of_code_only_counted() -> None:
     graphs = graph(applied("act_padding", ["a", "model.py:3", None])), graph(applied("act_padding", ["a"]))
     lock = FusionLock.of(settings("1:64"), report(*graphs))
     assert lock.fusions["1:64"] == {"act_padding fused_act_padding triton": ("(no module) x2", "a x2")}
-    assert lock.placed[1, 64] == Counter({(Kernel("act_padding", "fused_act_padding", "triton"), None): 2,
-                                          (Kernel("act_padding", "fused_act_padding", "triton"), "a"): 2})  # fmt: skip
+    kernel = Kernel("act_padding", "fused_act_padding", "triton")
+    assert lock.placed[1, 64] == Counter({(kernel, None): 2, (kernel, "a"): 2})
 
 
 def test_without_ranges_one_graph_serves_every_size() -> None:
@@ -147,7 +142,6 @@ def load(text: bytes, folder: Path) -> FusionLock:
         (("settings", "force"), ["a"] * 1001, "force has 1001 entries; allowed are at most 1000"),
         (("settings", "surprise"), 1, r"settings\.surprise: expected one of the fields"),
         (("settings", "costs"), "measured", "costs are 'measured', and a lock pins modelled ones"),
-        (("settings", "ranges"), ["1:64", "9:512"], "overlap or don't ascend"),
         (("settings", "ranges"), ["1:64", "x"], "range 'x' isn't of the form FIRST:LAST"),
         (("settings", "ranges"), ["64:1"], "overlap or don't ascend"),
         (("settings", "ranges"), ["1:64"], "fusions are for range 65:512, and the ranges are 1:64"),
@@ -156,7 +150,6 @@ def load(text: bytes, folder: Path) -> FusionLock:
         (("fusions", "1:64"), {}, "fusions of range 1:64 are there twice"),
         (("fusions", "1:64, 65:512", "act_padding"), [], "isn't of the form RULE OP PROVIDER"),
         (("fusions", "1:64, 65:512", "a b c"), ["layers.0-3.x", "layers.2.x"], r"layers\.2\.x is there twice"),
-        (("fusions", "1:64, 65:512", "a b c"), ["layers.0-999999999.x"], "more than 100000 places"),
         (("fusions", "1:64, 65:512", "a b c"), ["layers.0-49999.x"], "more than 100000 places"),
     ],
 )
@@ -191,11 +184,6 @@ def test_files_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(LockError, match="can't be written: No such file or directory"):
         gpt_oss().save(tmp_path / "nowhere" / "fusions.lock")
     assert os.listdir(tmp_path) == []  # noqa: PTH208 - hidden files too
-
-
-def test_spans_have_a_text() -> None:
-    for span in ((1, 64), (8, 8), None):
-        assert parse_span(span_text(span)) == span
 
 
 def test_settings_say_where_they_differ() -> None:

@@ -21,7 +21,6 @@ PATHS = st.lists(COMPONENTS, max_size=4).map(".".join) | st.text(alphabet="ab.01
         (["layers.0.a", "layers.2.a", "layers.3.a", "layers.1.b"], "layers.0,2-3.a, layers.1.b"),
         (["layers.1.experts.3", None], "layers.1.experts.3"),
         (["h100.layers.0.norm1", "h100.layers.1.norm1"], "h100.layers.0-1.norm1"),
-        (["norm1", "norm2"], "norm1-2"),
         (["norm", "norm1", "norm2"], "norm, norm1-2"),
         (["layers.00.a", "layers.01.a"], "layers.00.a, layers.01.a"),
         (["model.py:3", "model.py:4"], "model.py:3-4"),
@@ -56,40 +55,29 @@ def test_what_is_folded_can_be_read_back(counts: dict[str | None, int]) -> None:
 
 
 def test_one_layer_less_changes_one_line() -> None:
-    def lines(layers: range, but: int) -> set[str]:
-        return set(
-            fold({f"layers.{layer}.{name}": 1 for layer in layers for name in "abc" if (layer, name) != (but, "b")})
-        )
-
-    assert len(lines(range(36), 99) - lines(range(36), 7)) == 1
+    names = [f"layers.{layer}.{name}" for layer in range(36) for name in "abc"]
+    before, after = ({*fold(dict.fromkeys(each, 1))} for each in (names, [n for n in names if n != "layers.7.b"]))
+    assert len(before - after) == 1
 
 
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        (["layers.3-1.a"], "don't ascend"),
         (["layers.1-1.a"], "don't ascend"),
-        (["layers.1,1.a"], "don't ascend"),
         (["layers.0-3,2.a"], "don't ascend"),
         (["layers.0,1.a"], "aren't in as few runs as can be"),
         (["layers.0-3.norm x0"], "'layers.0-3.norm x0' isn't a line of places such as"),
-        (["layers.0-3.norm x1"], "'layers.0-3.norm x1' isn't a line of places such as"),
         (["layers.0-3.norm x2 x2"], "isn't a line of places such as"),
-        (["layers.0--3.norm"], "'layers.0--3.norm' isn't a line of places such as"),
-        (["layers.0,,3.norm"], "'layers.0,,3.norm' isn't a line of places such as"),
-        (["layers.0,-3.norm"], "isn't a line of places such as"),
-        (["layers.0-.norm"], "isn't a line of places such as"),
+        (["layers.0--3.norm"], "isn't a line of places such as"),
         (["layers.,3.norm"], "isn't a line of places such as"),
         (["=norm"], "'=norm' isn't a line of places such as"),
         (["layers.0-3-5.a"], "isn't a run of numbers"),
         (["layers.00-3.a"], "isn't a run of numbers"),
-        (["layers.0-99999999999.a"], "isn't a run of numbers"),
         (["layers.0-1.experts.0-3"], "two lists of numbers"),
         (["layers.0-6.a", "layers.3.a"], r"layers\.3\.a is there twice"),
         (["(no module)", "(no module) x2"], r"\(no module\) is there twice"),
         ([f"layers.0-{MOST_PLACES}.a"], "more than 100000 places"),
         (["a x60000", "b x60000"], "more than 100000 places"),
-        (["layers.0-59999.a", "layers.0-59999.b"], "more than 100000 places"),
     ],
 )
 def test_lines_that_contradict_themselves_are_refused(lines: list[str], says: str) -> None:

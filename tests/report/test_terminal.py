@@ -1,3 +1,7 @@
+"""What people see: what was recorded (`python -m tests.report.goldens` records it anew), in colour on terminals alone
+and no wider than they are; and the same as JSON.
+"""
+
 import io
 from dataclasses import replace
 
@@ -7,10 +11,21 @@ from rich.console import Console
 from fuseplan.record import Pending, Reason, Refusal
 from fuseplan.record.report import latest
 from fuseplan.report import comparison_to_json, render_comparison, render_report
-from tests.report.goldens import text_of
+from fuseplan.report.verdict import render_verdict, verdict_to_json
+from tests.report.drifting import verdicts
+from tests.report.goldens import DATA, GOLDENS, golden, text_of
 from tests.report.locked import graph, report
 from tests.report.screens import everything, outcomes, screens
 from tests.report.synthetic import PAD
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_people_see_what_was_recorded(name: str) -> None:
+    assert golden(name).splitlines() == (DATA / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+
+
+def test_every_file_is_of_a_renderer() -> None:
+    assert {path.stem for path in DATA.iterdir()} == set(GOLDENS)
 
 
 def test_color_only_on_terminals() -> None:
@@ -23,10 +38,30 @@ def test_color_only_on_terminals() -> None:
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
 def test_no_line_is_wider_than_the_terminal_or_cut(width: int) -> None:
-    for title, content, *_ in screens():
+    all_verdicts = [(title, render_verdict(verdict)) for title, verdict, _ in verdicts()]
+    for title, content in [*((title, content) for title, content, *_ in screens()), *all_verdicts]:
         text = text_of(content, width)
         assert max(map(len, text.splitlines())) <= width, title
         assert "…" not in text, title
+
+
+def test_a_verdict_says_the_same_where_there_is_no_terminal() -> None:
+    for title, verdict, _ in verdicts():
+        if not verdict.resettled:
+            assert verdict.text.split() == text_of(render_verdict(verdict), 80).split(), title
+
+
+def test_verdicts_as_json() -> None:
+    (_, broken, _), *_ = verdicts()
+    data = verdict_to_json(broken)
+    assert (data["schema"], data["passed"], data["written"], data["lock"]) == (1, False, False, "f.lock")
+    assert data["locked"] == {"allreduce_rms_padding": 36}
+    assert data["fused"] == {"allreduce_rms": 1, "allreduce_rms_padding": 30}
+    assert data["per_range"] == [{"range": [1, 64], "fused": data["fused"]}]
+    assert sorted(each["change"] for each in data["differences"]) == ["lost", "moved"]
+    moved = next(each for each in data["differences"] if each["change"] == "moved")
+    assert moved["cause"]["near_miss"]["rule"] == "allreduce_rms_padding"
+    assert moved["where"] == [{"ranges": ["1:64"], "places": ["layers.7.norm"], "count": 1}]
 
 
 def test_of_two_reports_on_a_graph_the_last_counts() -> None:
@@ -45,7 +80,6 @@ def test_near_misses_are_one_row_a_cause() -> None:
 @pytest.mark.parametrize("reason", [Reason.PACKAGE, Reason.LIMIT, Reason.COUPLED, Reason.UNPRICED])
 def test_what_keeps_a_match_out_is_said_whatever_it_is(reason: Reason) -> None:
     left_out = dict(outcomes())["two are left out"]
-    other = replace(
-        left_out.graphs[0], refusals=tuple(replace(each, reason=reason) for each in left_out.graphs[0].refusals)
-    )
-    assert text_of(render_report(replace(left_out, graphs=(other,))), 80) == text_of(render_report(left_out), 80)
+    refusals = tuple(replace(each, reason=reason) for each in left_out.graphs[0].refusals)
+    other = replace(left_out, graphs=(replace(left_out.graphs[0], refusals=refusals),))
+    assert text_of(render_report(other), 80) == text_of(render_report(left_out), 80)

@@ -2,6 +2,7 @@
 like it, or couldn't be written in place.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -38,12 +39,8 @@ def test_rotation_and_writes_are_raised_together(write: str, dtype: torch.dtype,
     ]  # fmt: skip
     assert node.args[8] == "products"
     graph.graph.lint()
-
-
-def test_rounding_is_that_of_the_rotation() -> None:
-    graph = quickly_canonical(layer(rotate=hugging_face_in_float32), *arguments())
-    (node,) = nodes(graph, "cached_rotary")
-    assert node.args[8] == "fp32"
+    wide = quickly_canonical(layer(WRITES[write], rotate=hugging_face_in_float32), *arguments(tokens))
+    assert [node.args[8] for node in nodes(wide, "cached_rotary")] == ["fp32"]
 
 
 @pytest.mark.parametrize("tokens_first", [True, False])
@@ -82,20 +79,6 @@ def test_each_layer_has_its_own_though_they_share_positions_and_angles() -> None
     assert len({*caches}) == 4
 
 
-def reads_before(*given: Tensor) -> Any:
-    before = given[3] * 2
-    return before, *layer()(*given)
-
-
-def reads_a_part_before(*given: Tensor) -> Any:
-    old = given[4][:, :, :3] + 0
-    return old, *layer()(*given)
-
-
-def reads_before_by_values(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Any:
-    return layer()(q, k, rest[1][:, :, :1].transpose(1, 2) + v, *rest)
-
-
 def writes_twice(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Tensor) -> Any:
     k_cache.index_copy_(2, rest[2] + 1, v.transpose(1, 2))
     return layer()(q, k, v, k_cache, v_cache, *rest)
@@ -105,10 +88,6 @@ def writes_again_after(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache
     q, *_ = layer()(q, k, v, k_cache, v_cache, *rest)
     v_cache.mul_(2)
     return q, k_cache + 1, v_cache + 1
-
-
-def one_cache_for_both(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, _: Tensor, *rest: Tensor) -> Any:
-    return layer()(q, k, v, cache, cache, *rest)
 
 
 def rolls(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Tensor) -> Any:
@@ -122,76 +101,85 @@ def rolls(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *re
     return layer(write)(q, k, v, k_cache, v_cache, *rest)
 
 
-def of_a_stack(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Tensor) -> Any:
-    """The caches of all layers are one tensor."""
-    return layer()(q, k, v, k_cache[:, :K_HEADS], v_cache[:, :K_HEADS], *rest)
-
-
-def functional(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Tensor) -> Any:
-    """Nothing is written in place."""
-    return layer()(q, k, v, k_cache + 1, v_cache + 1, *rest)
-
-
-def accumulates(cache: Tensor, positions: Tensor, x: Tensor) -> None:
-    torch.ops.aten.index_put_(cache, [None, None, positions], x, True)
-
-
-def put(cache: Tensor, positions: Tensor, x: Tensor) -> None:
-    torch.ops.aten.index_put_(cache, [None, None, positions], x)
-
-
 def one_row(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Any:
+    def put(cache: Tensor, positions: Tensor, x: Tensor) -> None:
+        torch.ops.aten.index_put_(cache, [None, None, positions], x)
+
     return layer(put)(q[:1], k[:1], v[:1], *rest[:2], *(each[:1] for each in rest[2:4]), rest[4])
 
 
-def keys_alone(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Tensor) -> Any:
-    q, k = (hugging_face(x.transpose(1, 2), rest[0], rest[1]) for x in (q, k))
-    index_copy(k_cache, rest[2], k)
-    return q, k_cache + 1
+def by_hand(
+    values: Callable[[Tensor, Tensor], Tensor] | None = lambda v, k_cache: v, *, swaps: bool = False, sums: bool = False
+) -> Layer:  # fmt: skip
+    """A layer whose written values are computed of values and cached keys, whose queries may be rotated by sines and
+    cosines swapped, and whose keys may be read beside the cache.
+    """
+
+    def function(
+        q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor, positions: Tensor
+    ) -> Any:
+        q = hugging_face(q.transpose(1, 2), *((sin, cos) if swaps else (cos, sin)))
+        k = hugging_face(k.transpose(1, 2), cos, sin)
+        index_copy(k_cache, positions, k)
+        if values is not None:
+            index_copy(v_cache, positions, values(v.transpose(1, 2), k_cache))
+        return q, k.sum() if sums else q, k_cache + 1, v_cache + 1
+
+    return function
 
 
-def keys_read_too(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Tensor) -> Any:
-    q, k = (hugging_face(x.transpose(1, 2), rest[0], rest[1]) for x in (q, k))
-    index_copy(k_cache, rest[2], k)
-    index_copy(v_cache, rest[2], v.transpose(1, 2))
-    return q, k.sum(), k_cache + 1, v_cache + 1
-
-
-def queries_of_other_angles(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Tensor) -> Any:
-    q, k = hugging_face(q.transpose(1, 2), rest[1], rest[0]), hugging_face(k.transpose(1, 2), rest[0], rest[1])
-    index_copy(k_cache, rest[2], k)
-    index_copy(v_cache, rest[2], v.transpose(1, 2))
-    return q, k_cache + 1, v_cache + 1
-
-
-def values_of_cached_keys(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Tensor) -> Any:
-    q, k = (hugging_face(x.transpose(1, 2), rest[0], rest[1]) for x in (q, k))
-    index_copy(k_cache, rest[2], k)
-    index_copy(v_cache, rest[2], k_cache[:, :, :1] + v.transpose(1, 2))
-    return q, k_cache + 1, v_cache + 1
+def adds(cache: Tensor, positions: Tensor, x: Tensor) -> None:
+    torch.ops.aten.index_put_(cache, [None, None, positions], x, True)
 
 
 WAYS: dict[str, tuple[Layer, Reason, str]] = {
-    "the cache is read before": (reads_before, Reason.USERS, "the cache as it is before is also read by aten.mul"),
-    "a part of it is": (reads_a_part_before, Reason.USERS, "the cache as it is before is also read by aten.slice"),
-    "values are made of it": (reads_before_by_values, Reason.USERS, "is also read by aten.slice"),
+    "the cache is read before": (
+        lambda *given: (given[3] * 2, *layer()(*given)), Reason.USERS, "cache as it is before is also read by aten.mul"
+    ),
+    "a part of it is": (
+        lambda *given: (given[4][:, :, :3] + 0, *layer()(*given)), Reason.USERS,
+        "the cache as it is before is also read by aten.slice",
+    ),
+    "values are made of it": (
+        lambda q, k, v, *rest: layer()(q, k, rest[1][:, :, :1].transpose(1, 2) + v, *rest), Reason.USERS,
+        "is also read by aten.slice",
+    ),
     "it is written twice": (writes_twice, Reason.OP, "no input of the graph but computed by aten.index_put.default"),
     "it is written again": (writes_again_after, Reason.OP, "its result isn't the updated cache"),
-    "one cache of both": (one_cache_for_both, Reason.OP, "its result isn't the updated cache"),
+    "one cache of both": (
+        lambda q, k, v, cache, _, *rest: layer()(q, k, v, cache, cache, *rest), Reason.OP,
+        "its result isn't the updated cache",
+    ),
     "a window that rolls": (rolls, Reason.OP, "no input of the graph but computed by aten.index.Tensor: a window that"),
-    "a part of a larger one": (of_a_stack, Reason.OP, "no input of the graph but computed by aten.slice.Tensor"),
-    "it isn't written in place": (functional, Reason.OP, "no input of the graph but computed by aten.add.Tensor"),
-    "it accumulates": (layer(accumulates), Reason.ATTRIBUTE, "it adds to the cache's values"),
+    "a part of a larger one": (
+        lambda q, k, v, *rest: layer()(q, k, v, *(each[:, :K_HEADS] for each in rest[:2]), *rest[2:]), Reason.OP,
+        "no input of the graph but computed by aten.slice.Tensor",
+    ),
+    "it isn't written in place": (
+        lambda q, k, v, *rest: layer()(q, k, v, *(each + 1 for each in rest[:2]), *rest[2:]), Reason.OP,
+        "no input of the graph but computed by aten.add.Tensor",
+    ),
+    "it accumulates": (layer(adds), Reason.ATTRIBUTE, "it adds to the cache's values"),
     "one row for all": (one_row, Reason.SIZE, "[1, 2, 1, 16] is written where the cache takes [2, 2, 1, 16]"),
-    "keys alone": (keys_alone, Reason.OP, "no values are written at the positions of the keys"),
-    "keys are read too": (keys_read_too, Reason.USERS, "the rotated key is also read by"),
-    "other angles": (queries_of_other_angles, Reason.OP, "no queries are rotated by the angles of the keys"),
-    "values depend on cached keys": (values_of_cached_keys, Reason.CYCLE, "depend on the cache"),
+    "it has gaps": (layer(), Reason.LAYOUT, "its cache has gaps or overlaps"),
+    "both share memory": (layer(), Reason.LAYOUT, "its cache shares memory with another input of the graph"),
+    "keys alone": (by_hand(None), Reason.OP, "no values are written at the positions of the keys"),
+    "keys are read too": (by_hand(sums=True), Reason.USERS, "the rotated key is also read by"),
+    "other angles": (by_hand(swaps=True), Reason.OP, "no queries are rotated by the angles of the keys"),
+    "values depend on cached keys": (
+        by_hand(lambda v, k_cache: k_cache[:, :, :1] + v), Reason.CYCLE, "depend on the cache"
+    ),
     "partial": (layer(rotate=partial(hugging_face, rotated=8)), Reason.ATTRIBUTE, "8 of a head's 16 dimensions"),
     "interleaved": (
         layer(rotate=partial(hugging_face, turn=rotate_pairs)), Reason.ATTRIBUTE, "it rotates neighbours against",
     ),
 }  # fmt: skip
+CHANGED: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
+    "a part of a larger one": lambda caches: [torch.cat((each, each), dim=1) for each in caches],
+    "it has gaps": lambda caches: [torch.cat((caches[0], caches[0]), dim=-1)[..., :HEAD], caches[1]],
+    "both share memory": lambda caches: [*torch.stack(caches)],
+}
+"""The caches, where they aren't as usual."""
 
 
 @pytest.mark.parametrize("way", sorted(WAYS))
@@ -200,8 +188,7 @@ def test_what_could_not_be_done_in_place_or_at_once_is_refused_by_name(way: str)
     given = arguments()
     if way == "partial":
         given[5:7] = [each[..., :8] for each in given[5:7]]
-    if way == "a part of a larger one":
-        given[3:5] = [torch.cat((each, each), dim=1) for each in given[3:5]]
+    given[3:5] = CHANGED.get(way, list)(given[3:5])
     graph = quickly_canonical(function, *given)
     assert not {"cached_rotary", "cache_write"} & {name.partition("[")[0] for name in graph.recognized()}
     (refusal,) = graph.refusals
@@ -228,40 +215,18 @@ def test_each_write_is_checked_that_could_be_the_values(sound: bool) -> None:
     assert len(graph.refusals) == (not sound)
 
 
-def test_behind_norms_it_is_refused_by_the_name_of_the_write() -> None:
-    def function(*given: Tensor) -> Any:
-        return given[3] * 2, *normed_layer()(*given)
-
-    graph = quickly_canonical(function, *arguments())
-    (refusal,) = graph.refusals
-    assert (refusal.op, refusal.reason) == ("cache_write", Reason.USERS)
-
-
-def test_caches_that_share_memory_are_refused() -> None:
-    given = arguments()
-    both = torch.stack(given[3:5])
-    given[3:5] = both.unbind()
-    graph = quickly_canonical(layer(), *given)
-    assert RAISED not in graph.recognized()
-    assert graph.refusals
-
-
-def test_a_cache_with_gaps_is_refused() -> None:
-    given = arguments()
-    given[3] = torch.zeros(2, K_HEADS, LENGTH, 2 * HEAD).bfloat16()[..., :HEAD]
-    (refusal,) = quickly_canonical(layer(), *given).refusals
-    assert refusal.reason is Reason.LAYOUT
-    assert "its cache has gaps or overlaps" in refusal.detail
-
-
-def test_a_cache_of_another_dtype_is_refused() -> None:
+def test_a_cache_of_another_dtype_is_left_alone() -> None:
     def write(cache: Tensor, positions: Tensor, x: Tensor) -> None:
         cache[:, :, positions] = x.to(cache.dtype)
 
     given = arguments()
     given[3:5] = [each.float() for each in given[3:5]]
-    graph = quickly_canonical(layer(write), *given)
-    assert RAISED not in graph.recognized()
+    assert RAISED not in quickly_canonical(layer(write), *given).recognized()
+
+
+def test_behind_norms_it_is_refused_by_the_name_of_the_write() -> None:
+    graph = quickly_canonical(lambda *given: (given[3] * 2, *normed_layer()(*given)), *arguments())
+    assert [(each.op, each.reason) for each in graph.refusals] == [("cache_write", Reason.USERS)]
 
 
 @pytest.mark.parametrize("normed", [True, False])

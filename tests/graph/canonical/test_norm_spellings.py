@@ -52,14 +52,17 @@ def test_a_power_of_minus_one_half_is_a_root(root: str, dtype: torch.dtype) -> N
     assert norm.args[1].op == "placeholder"  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("root", ROOTS)
+@pytest.mark.parametrize("root", [*ROOTS, "built in"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_norm_without_a_weight_has_one_of_ones(root: str, dtype: torch.dtype) -> None:
-    (norm,) = norms(lambda x: unweighted(x, root).relu(), randn(2, 5, HIDDEN, dtype=dtype))
+    def model(x: Tensor) -> Tensor:
+        return F.rms_norm(x, (HIDDEN,), eps=EPS) if root == "built in" else unweighted(x, root).relu()
+
+    (norm,) = norms(model, randn(2, 5, HIDDEN, dtype=dtype))
     weight = tensor_of(norm.args[1])
     assert weight is not None
     assert (fill_of(norm.args[1]), weight.shape, weight.dtype) == (1, (HIDDEN,), dtype)
-    assert norm.args[2] == EPS
+    assert norm.args[2] == pytest.approx(EPS)
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -72,11 +75,6 @@ def test_it_takes_the_residual_add_before_it(wide: bool) -> None:
     assert norm.target is ops.fused_add_rms_norm.overload
     assert fill_of(norm.args[2]) == 1
     assert norm.args[4] == ("fp32" if wide else "gpt_oss")
-
-
-def test_the_built_in_norm_without_a_weight_is_one_too() -> None:
-    (norm,) = norms(lambda x: F.rms_norm(x, (HIDDEN,), eps=EPS), randn(5, HIDDEN))
-    assert fill_of(norm.args[1]) == 1
 
 
 def test_all_norms_of_one_width_share_their_ones() -> None:
@@ -98,33 +96,28 @@ def test_none_are_made_for_a_width_that_varies() -> None:
     assert "no weight" in refusal.detail
 
 
-@pytest.mark.parametrize("reader", ["a gate", "another width", "several"])
-def test_what_else_it_is_multiplied_by_stays_outside(reader: str) -> None:
-    readers: dict[str, Callable[[Tensor], Tensor]] = {
-        "a gate": lambda y: y * y.tanh(),
-        "another width": lambda y: y.view(5, 2, HIDDEN // 2) * 2,
-        "several": lambda y: y.relu() + y.exp(),
-    }
-    (norm,) = norms(lambda x: readers[reader](unweighted(x)), randn(5, HIDDEN))
+@pytest.mark.parametrize(
+    "reader",
+    [lambda y: y * y.tanh(), lambda y: y.view(5, 2, HIDDEN // 2) * 2, lambda y: y.relu() + y.exp()],
+    ids=["a gate", "another width", "several"],
+)
+def test_what_else_it_is_multiplied_by_stays_outside(reader: Callable[[Tensor], Tensor]) -> None:
+    (norm,) = norms(lambda x: reader(unweighted(x)), randn(5, HIDDEN))
     assert fill_of(norm.args[1]) == 1
 
 
-def test_a_weight_that_is_there_is_not_left_outside() -> None:
-    """What stands between the two, or also reads the first, is what is reported."""
-
-    def model(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        y = unweighted(x)
-        return y * w, y.exp()
-
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda x, w: ((y := unweighted(x)) * w, y.exp()), Reason.USERS),  # what also reads the first is reported
+        (lambda x, w: normed(x).relu(), Reason.OP),
+    ],
+    ids=["its weight stands behind another reader", "it stays in float32"],
+)
+def test_what_is_no_norm_of_the_dialect_is_refused(model: Callable[..., object], reason: Reason) -> None:
     raised = quickly_canonical(model, randn(5, HIDDEN), W)
     assert raised.recognized() == {}
-    assert [refusal.reason for refusal in raised.refusals] == [Reason.USERS]
-
-
-def test_what_stays_in_float32_is_no_norm_of_the_dialect() -> None:
-    raised = quickly_canonical(lambda x: normed(x).relu(), randn(5, HIDDEN))
-    assert raised.recognized() == {}
-    assert [refusal.reason for refusal in raised.refusals] == [Reason.OP]
+    assert [refusal.reason for refusal in raised.refusals] == [reason]
 
 
 def test_other_powers_are_no_roots() -> None:

@@ -29,57 +29,48 @@ LIBRARY.impl("seen", lambda x, size, *rest, **named: (x.clone(), x.clone()), "Me
 SEEN = torch.ops.vllm_ir.seen.default
 
 
-def only(function: Callable[[Any], Any], **inputs: Tensor) -> fx.Node:
+def copied(function: Callable[..., Any], **further: Tensor) -> CanonicalGraph:
+    return CanonicalGraph.copy_of(written(function, {"x": X, **further}))
+
+
+def called(function: Callable[[Any], Any]) -> fx.Node:
     """The last node that is called."""
-    return written(function, inputs or {"x": X}).output_node().prev
+    return written(function, {"x": X}).output_node().prev
 
 
-NOOPS: list[Callable[[Any], Any]] = [
-    lambda x: aten.view.default(x, [4, 8]),
-    lambda x: aten.reshape.default(x, [4, 8]),
-    lambda x: aten.expand.default(x, [4, 8]),
-    lambda x: aten.slice.Tensor(x, 0, 0, 4),
-    lambda x: aten.clone.default(x),  # noqa: PLW0108 - named arguments
-    lambda x: aten.alias.default(x),  # noqa: PLW0108 - named arguments
-    lambda x: convert_element_type(x, torch.float32),
-    lambda x: aten.permute.default(x, [0, 1]),
-    lambda x: aten.permute.default(x, (0, 1)),
-]
-OTHERS: list[Callable[[Any], Any]] = [
-    lambda x: aten.view.default(x, [8, 4]),
-    lambda x: aten.expand.default(x, [2, 4, 8]),
-    lambda x: aten.slice.Tensor(x, 0, 0, 3),
-    lambda x: convert_element_type(x, torch.float16),
-    lambda x: aten.permute.default(x, [1, 0]),
-    lambda x: aten.neg.default(x),  # noqa: PLW0108 - named arguments
-    lambda x: aten.transpose.int(x, 0, 0),
-]
-
-
-@pytest.mark.parametrize("function", NOOPS)
-def test_what_changes_neither_shape_nor_dtype_is_a_noop(function: Callable[[Any], Any]) -> None:
-    assert is_noop(only(function))
-
-
-@pytest.mark.parametrize("function", OTHERS)
-def test_what_computes_or_arranges_is_none(function: Callable[[Any], Any]) -> None:
-    assert not is_noop(only(function))
+@pytest.mark.parametrize(
+    ("function", "changes_nothing"),
+    [
+        (lambda x: aten.view.default(x, [4, 8]), True),
+        (lambda x: aten.expand.default(x, [4, 8]), True),
+        (lambda x: aten.slice.Tensor(x, 0, 0, 4), True),
+        (lambda x: convert_element_type(x, torch.float32), True),
+        (lambda x: aten.permute.default(x, [0, 1]), True),
+        (lambda x: aten.permute.default(x, (0, 1)), True),
+        (lambda x: aten.view.default(x, [8, 4]), False),
+        (lambda x: aten.expand.default(x, [2, 4, 8]), False),
+        (lambda x: convert_element_type(x, torch.float16), False),
+        (lambda x: aten.permute.default(x, [1, 0]), False),
+        (lambda x: aten.transpose.int(x, 0, 0), False),
+    ],
+)
+def test_what_changes_neither_shape_nor_dtype_is_a_noop(function: Callable[[Any], Any], changes_nothing: bool) -> None:
+    assert is_noop(called(function)) is changes_nothing
 
 
 def test_what_is_not_known_is_no_noop() -> None:
-    node = only(NOOPS[0])
-    del node.meta["val"]
-    assert not is_noop(node)
-    node = only(NOOPS[0])
-    del node.args[0].meta["val"]  # type: ignore[union-attr]
-    assert not is_noop(node)
-    node = only(NOOPS[-2])
-    node.args = (node.args[0], None)
-    assert not is_noop(node)
-    assert not is_noop(node.args[0])  # type: ignore[arg-type]
+    view = called(lambda x: aten.view.default(x, [4, 8]))
+    value = view.meta.pop("val")
+    assert not is_noop(view)
+    view.meta["val"] = value
+    del view.all_input_nodes[0].meta["val"]
+    assert not is_noop(view)
+    turned = called(lambda x: aten.permute.default(x, [0, 1]))
+    turned.args = (turned.args[0], None)
+    assert not is_noop(turned)
 
 
-def called(canonical: CanonicalGraph) -> list[str]:
+def targets(canonical: CanonicalGraph) -> list[str]:
     return [str(node.target) for node in canonical.graph.nodes if node.op == "call_function"]
 
 
@@ -88,14 +79,13 @@ def test_noops_are_replaced_by_their_inputs_one_after_the_other() -> None:
         y = aten.permute.default(aten.view.default(aten.neg.default(x), [4, 8]), [0, 1])
         return aten.clone.default(y), aten.permute.default(aten.abs.default(y), [1, 0]), aten.view.default(y, [32])
 
-    canonical = CanonicalGraph.copy_of(written(function, {"x": X}))
+    canonical = copied(function)
     eliminate_noops(canonical)
     canonical.graph.lint()
-    assert called(canonical) == ["aten.neg.default", "aten.abs.default", "aten.permute.default", "aten.view.default"]
-    (negated,) = canonical.calls(aten.neg.default)
-    returned: Any = canonical.graph.output_node().args[0]
-    assert returned == (negated, *canonical.calls(aten.permute.default), *canonical.calls(aten.view.default))
-    assert canonical.calls(aten.view.default)[0].args[0] is negated
+    assert targets(canonical) == ["aten.neg.default", "aten.abs.default", "aten.permute.default", "aten.view.default"]
+    (negated,), (view,) = canonical.calls(aten.neg.default), canonical.calls(aten.view.default)
+    assert canonical.graph.output_node().args[0] == (negated, *canonical.calls(aten.permute.default), view)
+    assert view.args[0] is negated
 
 
 @pytest.mark.parametrize("written_to", ["x", "y", "copy", "a view of y", "a view of the copy", "other"])
@@ -105,52 +95,35 @@ def test_a_copy_stays_where_one_of_the_two_is_written_to(written_to: str) -> Non
         copy = aten.clone.default(y)
         kept = aten.clone.default(aten.abs.default(x))
         views = {f"a view of {name}": aten.view.default(each, [32]) for name, each in (("y", y), ("the copy", copy))}
-        targets = {"x": x, "y": y, "copy": copy, "other": other, **views}
-        aten.add_.Tensor(targets[written_to], 1)
+        aten.add_.Tensor({"x": x, "y": y, "copy": copy, "other": other, **views}[written_to], 1)
         return copy, kept
 
-    canonical = CanonicalGraph.copy_of(written(function, {"x": X, "other": X}))
+    canonical = copied(function, other=X)
     eliminate_noops(canonical)
-    stays = written_to not in ("x", "other")
-    assert called(canonical).count("aten.clone.default") == stays
+    expected = aten.neg.default if written_to in ("x", "other") else aten.clone.default
     returned: Any = canonical.graph.output_node().args[0]
-    assert [each.target for each in returned] == [aten.clone.default if stays else aten.neg.default, aten.abs.default]
+    assert [each.target for each in returned] == [expected, aten.abs.default]
 
 
-def test_engines_ops_are_those_of_their_namespaces_or_functionalised() -> None:
-    assert is_engines(SEEN)
-    assert is_engines(auto_functionalized)
-    assert not is_engines(aten.neg.default)
-    assert not is_engines(torch.ops.higher_order.cond)
-    assert not is_engines(operator.getitem)
-
-
-def test_the_op_is_what_is_called_or_what_is_functionalised() -> None:
+def test_an_engines_op_is_what_is_called_or_what_is_functionalised() -> None:
+    others = (aten.neg.default, torch.ops.higher_order.cond, operator.getitem)
+    assert [is_engines(each) for each in (SEEN, auto_functionalized, *others)] == [True, True, False, False, False]
     graph = fx.Graph()
     x = graph.placeholder("x")
-    direct = graph.call_function(SEEN, (x, 3))
-    wrapped = graph.call_function(auto_functionalized, (SEEN,), {"x": x, "size": 3})
-    assert engine_op(direct) is engine_op(wrapped) is SEEN
-    assert engine_op(graph.call_function(auto_functionalized, (SEEN, aten.neg.default))) is SEEN
-    assert engine_op(graph.call_function(auto_functionalized, ())) is None
-    assert engine_op(graph.call_function(operator.getitem, (SEEN, 0))) is None
-    assert engine_op(x) is None
+    direct, wrapped = graph.call_function(SEEN, (x, 3)), graph.call_function(auto_functionalized, (SEEN,), {"x": x})
+    empty, item = graph.call_function(auto_functionalized, ()), graph.call_function(operator.getitem, (SEEN, 0))
+    assert [engine_op(each) for each in (direct, wrapped, empty, item, x)] == [SEEN, SEEN, None, None, None]
     assert [engine_op_name(each) for each in (direct, wrapped, x)] == ["vllm_ir::seen", "vllm_ir::seen", ""]
 
 
 def test_arguments_are_by_name_with_those_that_are_left_out() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")
-    usual = {"eps": 0.5, "scale": None, "flag": True}
-    given: list[tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]] = [
-        ((x, 3), {}, {"x": x, "size": 3, **usual}),
-        ((x, 3, 0.25, x), {"flag": False}, {"x": x, "size": 3, "eps": 0.25, "scale": x, "flag": False}),
-        ((x,), {"size": 4, "eps": 1.0}, {"x": x, "size": 4, **usual, "eps": 1.0}),
-    ]
-    for args, kwargs, expected in given:
-        assert arguments_of(graph.call_function(SEEN, args, kwargs), SEEN) == expected
-    wrapped = graph.call_function(auto_functionalized, (SEEN,), {"x": x, "size": 5, "scale": x})
-    assert arguments_of(wrapped, SEEN) == {"x": x, "size": 5, **usual, "scale": x}
+    usual = {"x": x, "size": 3, "eps": 0.5, "scale": None, "flag": True}
+    direct = graph.call_function(SEEN, (x, 3, 0.25, x), {"flag": False})
+    assert arguments_of(direct, SEEN) == {**usual, "eps": 0.25, "scale": x, "flag": False}
+    wrapped = graph.call_function(auto_functionalized, (SEEN,), {"x": x, "size": 3, "scale": x})
+    assert arguments_of(wrapped, SEEN) == {**usual, "scale": x}
 
 
 def test_a_result_that_is_taken_twice_is_one_value() -> None:
@@ -158,7 +131,7 @@ def test_a_result_that_is_taken_twice_is_one_value() -> None:
         both = SEEN(x, 3)
         return both[1], both[0], aten.neg.default(both[1]), aten.abs.default(both[0]), aten.abs.default(both[1])
 
-    canonical = CanonicalGraph.copy_of(written(function, {"x": X}))
+    canonical = copied(function)
     (node,) = canonical.calls(SEEN)
     merge_equal_results(canonical, node)
     canonical.graph.lint()
@@ -167,8 +140,6 @@ def test_a_result_that_is_taken_twice_is_one_value() -> None:
     output: Any = canonical.graph.output_node().args[0]
     assert [output[0], output[1], *(each.args[0] for each in output[2:])] == [second, first, second, first, second]
     assert read_at(node) == [node, second, first]
-    twice = canonical.original.find_nodes(op="call_function", target=operator.getitem)
-    assert canonical.origin[second] is [each for each in twice if each.args[1] == 1][-1]
     (reader,) = canonical.calls(aten.neg.default)
     reader.args = (node,)
     merge_equal_results(canonical, node)

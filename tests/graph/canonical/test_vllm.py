@@ -15,6 +15,7 @@ from fuseplan.dialect.raising import canonicalize
 from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.record import Reason
 from fuseplan.rules.families import find_sites
+from tests.graph.canonical.engine_ops import defined
 from tests.helpers import randn, written
 from tests.providers.stand_ins import ranks
 
@@ -42,20 +43,8 @@ FAKES: dict[str, Callable[..., Any]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def vllm_ops() -> Iterator[None]:
-    """Defines the ops that aren't there."""
-    libraries = []
-    for name, schema in SCHEMAS.items():
-        space, op = name.split("::")
-        if hasattr(getattr(torch.ops, space), op):
-            continue
-        library = torch.library.Library(space, "FRAGMENT")
-        libraries.append(library)
-        library.define(f"{op}{schema}")
-        library.impl(op, FAKES.get(name, lambda *arguments: None), "Meta")
-        library.impl(op, FAKES.get(name, lambda *arguments: None), "CPU")
-    yield
-    for library in libraries:
-        library._destroy()
+    with defined(SCHEMAS, FAKES):
+        yield
 
 
 def raised(function: Callable[..., Any], groups: Any = None, **inputs: Tensor) -> CanonicalGraph:
@@ -75,12 +64,13 @@ def reduce_add_norm(x: Any, residual: Any, weight: Any) -> Any:
     return y[0], y[1]
 
 
-def test_what_gpus_have() -> None:
-    canonical = raised(reduce_add_norm, x=X, residual=R, weight=W)
+@pytest.mark.parametrize(("dtype", "convention"), [(torch.bfloat16, "vllm"), (torch.float32, "fp32")])
+def test_what_gpus_have(dtype: torch.dtype, convention: str) -> None:
+    canonical = raised(reduce_add_norm, x=X, residual=R, weight=W.to(dtype))
     assert canonical.recognized() == {f"all_reduce[{HIDDEN}]": 1, f"fused_add_rms_norm[{HIDDEN}]": 1}
     assert calls(canonical, "all_reduce") == [("x", "0")]
     (norm,) = calls(canonical, "fused_add_rms_norm")
-    assert norm[1:] == ("residual", "weight", EPS, "vllm")
+    assert norm[1:] == ("residual", "weight", EPS, convention)
 
 
 def signatures(canonical: CanonicalGraph, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -93,10 +83,9 @@ def test_prices_know_whose_all_reduce_it_is(monkeypatch: pytest.MonkeyPatch) -> 
         reduced = torch.ops.aten.view.default(torch.ops.vllm.all_reduce.default(x, "tp:0"), [2, 2, HIDDEN])
         return torch.ops.vllm_ir.rms_norm.default(reduced, weight, EPS)
 
-    (site,) = signatures(raised(reduce_add_norm, x=X, residual=R, weight=W), monkeypatch)
-    assert site.startswith("all_reduce[4 vllm] -> add -> rms_norm")
-    (site,) = signatures(raised(flat, x=X, residual=R, weight=W), monkeypatch)
-    assert site.startswith("all_reduce[4 vllm] -> rms_norm")
+    for function, between in ((reduce_add_norm, "-> add ->"), (flat, "->")):
+        (site,) = signatures(raised(function, x=X, residual=R, weight=W), monkeypatch)
+        assert site.startswith(f"all_reduce[4 vllm] {between} rms_norm")
 
 
 @pytest.mark.parametrize(("operation", "expected"), [("sum", 1), ("max", 0)])
@@ -121,24 +110,17 @@ def test_a_norm_multiplies_in_the_dtype_of_its_weight(dtype: torch.dtype, conven
     assert calls(raised(norm, x=X, weight=W.to(dtype)), "rms_norm") == [("x", "weight", EPS, convention)]
 
 
-@pytest.mark.parametrize(("dtype", "convention"), [(torch.bfloat16, "vllm"), (torch.float32, "fp32")])
-def test_so_does_one_with_a_residual(dtype: torch.dtype, convention: str) -> None:
-    found = calls(raised(reduce_add_norm, x=X, residual=R, weight=W.to(dtype)), "fused_add_rms_norm")
-    assert [each[-1] for each in found] == [convention]
+def custom_norms(x: Any, residual: Any, weight: Any = None) -> Any:
+    empty = torch.ops.aten.empty_like.default(x)
+    first: Any = auto_functionalized(torch.ops._C.rms_norm.default, result=empty, input=x, weight=weight, epsilon=EPS)
+    second: Any = auto_functionalized(
+        torch.ops._C.fused_add_rms_norm.default, input=first[1], residual=residual, weight=weight, epsilon=EPS
+    )
+    return second[1], second[2]
 
 
 def test_the_custom_ops() -> None:
-    def norms(x: Any, residual: Any, weight: Any) -> Any:
-        empty = torch.ops.aten.empty_like.default(x)
-        first: Any = auto_functionalized(
-            torch.ops._C.rms_norm.default, result=empty, input=x, weight=weight, epsilon=EPS
-        )  # fmt: skip
-        second: Any = auto_functionalized(
-            torch.ops._C.fused_add_rms_norm.default, input=first[1], residual=residual, weight=weight, epsilon=EPS
-        )
-        return second[1], second[2]
-
-    canonical = raised(norms, x=X, residual=R, weight=W)
+    canonical = raised(custom_norms, x=X, residual=R, weight=W)
     assert calls(canonical, "rms_norm") == [("x", "weight", EPS, "gpt_oss")]
     (norm,) = calls(canonical, "fused_add_rms_norm")
     assert norm[1:] == ("residual", "weight", EPS, "gpt_oss")
@@ -146,17 +128,7 @@ def test_the_custom_ops() -> None:
 
 
 def test_custom_ops_without_a_weight_are_named() -> None:
-    def norms(x: Any, residual: Any) -> Any:
-        empty = torch.ops.aten.empty_like.default(x)
-        first: Any = auto_functionalized(
-            torch.ops._C.rms_norm.default, result=empty, input=x, weight=None, epsilon=EPS
-        )  # fmt: skip
-        second: Any = auto_functionalized(
-            torch.ops._C.fused_add_rms_norm.default, input=first[1], residual=residual, weight=None, epsilon=EPS
-        )
-        return second[1], second[2]
-
-    canonical = raised(norms, x=X, residual=R)
+    canonical = raised(custom_norms, x=X, residual=R)
     assert [each.reason for each in canonical.refusals] == [Reason.OP, Reason.OP]
     assert all("it has no weight" in each.detail for each in canonical.refusals)
     assert not canonical.recognized()

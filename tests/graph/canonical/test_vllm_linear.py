@@ -20,16 +20,18 @@ from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.matching import Match
 from fuseplan.providers import REFERENCE
-from fuseplan.record import Report
 from fuseplan.rules.parts.scaled_linear import PART
 from fuseplan.verification.check import check
 from fuseplan.verification.region import Region
 from fuseplan.verification.specs import Sizes, cases_of
-from tests.graph.canonical.test_vllm_quantisation import new
+from tests.graph.canonical.engine_ops import defined
+from tests.graph.canonical.test_vllm_quantisation import applied_to, new
 from tests.helpers import quantize_rows, randn, written
 
 FP8, ROWS, WIDTH, FEATURES = torch.float8_e4m3fn, 3, 64, 48
-SCHEMA = "(Tensor! out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor? bias) -> ()"
+SCHEMAS = {
+    "_C::cutlass_scaled_mm": "(Tensor! out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor? bias) -> ()"
+}
 
 
 FACTOR = {"of results": 1.0}
@@ -42,15 +44,11 @@ def computed(out: Tensor, a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tens
 
 
 @pytest.fixture(scope="module", autouse=True)
-def op() -> Iterator[torch.library.Library]:
+def op() -> Iterator[None]:
     if hasattr(torch.ops._C, "cutlass_scaled_mm"):
         pytest.skip("there is an op of that name")
-    library = torch.library.Library("_C", "FRAGMENT")
-    library.define(f"cutlass_scaled_mm{SCHEMA}")
-    library.impl("cutlass_scaled_mm", lambda *arguments: None, "Meta")
-    library.impl("cutlass_scaled_mm", computed, "CPU")
-    yield library
-    library._destroy()
+    with defined(SCHEMAS, {}, {"_C::cutlass_scaled_mm": computed}):
+        yield
 
 
 def given(scales: str = "of each", bias: bool = False) -> dict[str, Tensor]:
@@ -106,18 +104,15 @@ def test_what_it_does_not_compute_stays(change: dict[str, Tensor], why: str) -> 
     assert not canonicalize(graph, asked=(PART,)).dialect_nodes, why
 
 
-def test_results_in_another_dtype_stay() -> None:
-    assert not canonicalize(graph_of(given(), torch.float16), asked=(PART,)).dialect_nodes
-    assert not canonicalize(graph_of(given(), twice=True), asked=(PART,)).dialect_nodes
+@pytest.mark.parametrize("changed", [{"dtype": torch.float16}, {"twice": True}])
+def test_results_in_another_dtype_or_read_twice_stay(changed: dict[str, Any]) -> None:
+    assert not canonicalize(graph_of(given(), **changed), asked=(PART,)).dialect_nodes
 
 
 @pytest.mark.parametrize("scales", ["of each", "of all"])
 def test_it_is_one_kernel_of_few_rows(scales: str) -> None:
     graph = graph_of(given(scales, bias=True))
-    reports: list[Report] = []
-    config = fuseplan.PassConfig(verify="off", fuse_scaled_linear=True, force=("skinny_scaled_linear",))
-    PostGradPassManager(config, on_report=reports.append, device=device_profile("h200"))(graph)
-    (applied,) = reports[0].graphs[0].applied
+    applied = applied_to(graph, verify="off", fuse_scaled_linear=True, force=("skinny_scaled_linear",))
     assert (applied.rule, applied.provider) == ("skinny_scaled_linear", "triton")
     left = {str(node.target) for node in graph.nodes if node.op == "call_function"}
     assert left == {"aten.permute.default", "aten.reshape.default", "fuseplan.skinny_scaled_linear.triton"}

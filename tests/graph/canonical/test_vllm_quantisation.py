@@ -4,7 +4,6 @@ Its builds for CPUs have none of them, so that they are declared here by the sch
 (`csrc/torch_bindings.cpp`), and computed by references in plain torch, step by step as its CUDA kernels do.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +18,8 @@ from fuseplan.devices import device_profile
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.graph.ops import empty_scales
-from fuseplan.record import Nearness, Reason, Refusal, Report
+from fuseplan.record import Fusion, Nearness, Reason, Refusal, Report
+from tests.graph.canonical.engine_ops import defined
 from tests.graph.canonical.test_vllm import vllm_ops
 from tests.helpers import randn, written
 from tests.rules.parts.test_fp8_spellings import inputs
@@ -95,15 +95,11 @@ COMPUTED: dict[str, Callable[..., Any]] = {
 @pytest.fixture(scope="module", autouse=True)
 def quantising_ops(vllm_ops: None) -> Iterator[None]:
     """Defines them. vLLM's builds for CPUs have some by the same names, without arguments."""
-    with contextlib.ExitStack() as defined:
-        for name, schema in SCHEMAS.items():
-            if hasattr(torch.ops._C, name):
-                pytest.skip("vLLM's build has an op of the same name without arguments")
-            library = torch.library.Library("_C", "FRAGMENT")
-            defined.callback(library._destroy)
-            library.define(f"{name}{schema}")
-            for key in ("Meta", "CPU"):
-                library.impl(name, COMPUTED[name] if key == "CPU" or "fp4" in name else lambda *arguments: None, key)
+    if any(hasattr(torch.ops._C, name) for name in SCHEMAS):
+        pytest.skip("vLLM's build has an op of the same name without arguments")
+    schemas = {f"_C::{name}": schema for name, schema in SCHEMAS.items()}
+    computed = {f"_C::{name}": function for name, function in COMPUTED.items()}
+    with defined(schemas, {"_C::scaled_fp4_quant": COMPUTED["scaled_fp4_quant"]}, computed):
         yield
 
 
@@ -158,40 +154,24 @@ def by_one(scale: Any) -> Quantise:
 
 
 LEAST = float(torch.tensor(1e-10) / 448)
+"""Of the scales of groups."""
 
 
-def expected_groups(layout: str = "rows", *, powers: bool = False) -> tuple[Any, ...]:
-    least = float(torch.tensor(1e-10)) if powers else LEAST
-    return GROUP, FP8, least, 0.0, powers, 0.0, 0.0, None, "divide", layout
-
-
-KINDS: dict[str, tuple[Callable[[Any], Quantise], str, tuple[Any, ...]]] = {
-    "static": (by_one, "static_scaled_fp8_quant", (FP8, "multiply")),
-    "rows": (
-        lambda s: by_row, "dynamic_per_token_scaled_fp8_quant", (FP8, 1 / (448 * 512), 0.0, 0.0, None, "divide"),
-    ),
-    "groups": (lambda s: groups_of(), "per_token_group_fp8_quant", expected_groups()),
-    "powers": (lambda s: groups_of(powers=True), "per_token_group_fp8_quant", expected_groups(powers=True)),
-    "columns": (lambda s: groups_of("columns"), "per_token_group_fp8_quant", expected_groups("columns")),
-    "aligned": (lambda s: groups_of("aligned"), "per_token_group_fp8_quant", expected_groups("aligned")),
-    "packed": (lambda s: groups_of("packed"), "per_token_group_fp8_quant", expected_groups("packed", powers=True)),
-}  # fmt: skip
+KINDS: dict[str, Callable[[Any], Quantise]] = {
+    "static": by_one,
+    "rows": lambda s: by_row,
+    "groups": lambda s: groups_of(),
+    "powers": lambda s: groups_of(powers=True),
+    "columns": lambda s: groups_of("columns"),
+    "aligned": lambda s: groups_of("aligned"),
+    "packed": lambda s: groups_of("packed"),
+}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def graph_of(kind: str, dtype: torch.dtype = torch.bfloat16) -> fx.Graph:
     """Of the quantisation alone."""
-    given = {"x": torch.empty(ROWS, WIDTH, dtype=dtype), "s": torch.empty(1)}
-    return written(lambda x, s: KINDS[kind][0](s)(x), given)
-
-
-@every_kind
-def test_it_is_one_op_with_all_that_it_computes_by(kind: str) -> None:
-    _, name, expected = KINDS[kind]
-    raised = canonicalize(graph_of(kind))
-    (node,) = raised.calls(ops[name].overload)
-    assert tuple(each for each in node.args[1:] if not isinstance(each, fx.Node)) == expected
-    assert not raised.refusals
+    return written(lambda x, s: KINDS[kind](s)(x), {"x": torch.empty(ROWS, WIDTH, dtype=dtype), "s": torch.empty(1)})
 
 
 def bits(value: Tensor) -> Tensor:
@@ -200,7 +180,7 @@ def bits(value: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @every_kind
-def test_it_computes_what_the_kernel_does(kind: str, dtype: torch.dtype) -> None:
+def test_it_is_one_op_that_computes_what_the_kernel_does(kind: str, dtype: torch.dtype) -> None:
     """Of all rows without NaN, whose codes nobody reads; infinity is one of them, whose scale is infinite."""
     graph = graph_of(kind, dtype)
     raised = canonicalize(graph)
@@ -209,13 +189,12 @@ def test_it_computes_what_the_kernel_does(kind: str, dtype: torch.dtype) -> None
         assert raised.refusals
         return
     assert len(raised.dialect_nodes) == 1
+    assert not raised.refusals
     for name, value in inputs(dtype).items():
-        x = value.repeat(1, WIDTH // value.shape[-1]).nan_to_num(0.0, torch.inf, -torch.inf)
-        x = x if kind != "packed" else x.nan_to_num(posinf=3e4, neginf=-3e4)
-        scale = torch.tensor([0.37])
-        for got, wanted in zip(
-            fx.GraphModule({}, raised.graph)(x, scale), fx.GraphModule({}, graph)(x, scale), strict=True
-        ):
+        largest = torch.inf if kind != "packed" else 3e4
+        x = value.repeat(1, WIDTH // value.shape[-1]).nan_to_num(0.0, largest, -largest)
+        both = (fx.GraphModule({}, each)(x, torch.tensor([0.37])) for each in (raised.graph, graph))
+        for got, wanted in zip(*both, strict=True):
             same = (bits(got) == bits(wanted)) | (got.float().isnan() & wanted.float().isnan())
             assert bool(same.all()), name
             assert got.stride() == wanted.stride()
@@ -227,18 +206,23 @@ def block(kind: str, *, adds: bool) -> fx.Graph:
     def layer(x: Any, r: Any, w: Any, s: Any) -> Any:
         if adds:
             both = torch.ops.vllm_ir.fused_add_rms_norm.default(x, r, w, EPS)
-            return *KINDS[kind][0](s)(both[0]), both[1]
-        return KINDS[kind][0](s)(torch.ops.vllm_ir.rms_norm.default(x, w, EPS))
+            return *KINDS[kind](s)(both[0]), both[1]
+        return KINDS[kind](s)(torch.ops.vllm_ir.rms_norm.default(x, w, EPS))
 
     x = randn(ROWS, WIDTH)
     return written(layer, {"x": x, "r": x, "w": randn(WIDTH), "s": torch.empty(1)})
 
 
-def fused(graph: fx.Graph, policy: str = "ordered(norm_quant)") -> Report:
+def applied_to(graph: fx.Graph, **config: Any) -> Fusion:
+    """The one fusion in a graph, on an H200."""
     reports: list[Report] = []
-    config = fuseplan.PassConfig(policy=policy, verify="off", costs="modelled")
-    PostGradPassManager(config, on_report=reports.append, device=device_profile("h200"))(graph)
-    return reports[0]
+    PostGradPassManager(fuseplan.PassConfig(**config), on_report=reports.append, device=device_profile("h200"))(graph)
+    (applied,) = reports[0].graphs[0].applied
+    return applied
+
+
+def fused(graph: fx.Graph, policy: str = "ordered(norm_quant)") -> Fusion:
+    return applied_to(graph, policy=policy, verify="off", costs="modelled")
 
 
 @pytest.mark.parametrize("policy", ["ordered(norm_quant)", "planned"])
@@ -246,58 +230,51 @@ def fused(graph: fx.Graph, policy: str = "ordered(norm_quant)") -> Report:
 @every_kind
 def test_it_goes_into_its_norm(kind: str, adds: bool, policy: str) -> None:
     graph = block(kind, adds=adds)
-    report = fused(graph, policy)
-    (applied,) = report.graphs[0].applied
+    applied = fused(graph, policy)
     assert applied.rule == "norm_quant"
     assert applied.op.startswith("fused_add_rms_norm" if adds else "rms_norm")
     assert "opaque" in str(applied.site_class)
-    left = [
-        str(node.target) for node in graph.nodes if node.op == "call_function" and "getitem" not in str(node.target)
-    ]
-    assert left == [f"fuseplan.{applied.op}.triton"]
+    left = {str(node.target) for node in graph.nodes if node.op == "call_function"}
+    assert left - {"<built-in function getitem>"} == {f"fuseplan.{applied.op}.triton"}
 
 
 def test_unfused_it_is_a_kernel_of_its_own() -> None:
     """Inductor has a quantisation in plain torch in the norm's kernel, and makes none of this one's."""
 
-    def plain(x: Any, r: Any, w: Any, s: Any) -> Any:
+    def plain(x: Any, w: Any) -> Any:
         y = torch.ops.vllm_ir.rms_norm.default(x, w, EPS)
         both = ops.dynamic_per_token_scaled_fp8_quant(y, FP8, 1 / (448 * 512), 0.0, 0.0, None, "divide")
         return both[0], both[1]
 
-    given = {"x": randn(ROWS, WIDTH), "r": randn(ROWS, WIDTH), "w": randn(WIDTH), "s": torch.empty(1)}
-    own, theirs = (
-        fused(each).graphs[0].applied[0].saving_ns for each in (written(plain, given), block("rows", adds=False))
-    )
+    own = fused(written(plain, {"x": randn(ROWS, WIDTH), "w": randn(WIDTH)})).saving_ns
+    theirs = fused(block("rows", adds=False)).saving_ns
     assert own is not None
     assert theirs is not None
     assert theirs > own + 1000
 
 
+CALLS: dict[str, dict[str, Any]] = {
+    "static_scaled_fp8_quant": {"result": CODES, "scale": torch.empty(1), "group_shape": None},
+    "dynamic_scaled_fp8_quant": {"result": CODES, "scale": torch.empty(1)},
+    "dynamic_per_token_scaled_fp8_quant": {"result": CODES, "scale": torch.empty(ROWS, 1), "scale_ub": None},
+    "per_token_group_fp8_quant": {
+        "output_q": CODES, "output_s": torch.empty(ROWS, WIDTH // GROUP), "group_size": GROUP, "eps": 1e-10,
+        **BOUNDS, "scale_ue8m0": False, "dummy_is_scale_transposed": False, "dummy_is_tma_aligned": False,
+    },
+}  # fmt: skip
+
+
 def refusal(name: str, **changed: Any) -> Refusal:
     """What is said of one call."""
-    given = {"x": LIKE.bfloat16(), "s": torch.empty(1)}
-    calls: dict[str, dict[str, Any]] = {
-        "static_scaled_fp8_quant": {"result": CODES, "group_shape": None},
-        "dynamic_scaled_fp8_quant": {"result": CODES, "scale": torch.empty(1)},
-        "dynamic_per_token_scaled_fp8_quant": {
-            "result": CODES, "scale": torch.empty(ROWS, 1), "scale_ub": None,
-        },
-        "per_token_group_fp8_quant": {
-            "output_q": CODES, "output_s": torch.empty(ROWS, WIDTH // GROUP), "group_size": GROUP, "eps": 1e-10,
-            **BOUNDS, "scale_ue8m0": False, "dummy_is_scale_transposed": False, "dummy_is_tma_aligned": False,
-        },
-    }  # fmt: skip
-    values = calls[name] | changed
 
-    def quantise(x: Any, s: Any) -> Any:
-        own = {key: new(x, value) if isinstance(value, Tensor) else value for key, value in values.items()}
-        result = called(
-            name, input=x, **({"scale": s} if name.startswith("static") and "scale" not in own else {}), **own
-        )
-        return tuple(result[index + 1] for index in range(2 if "static" not in name else 1))
+    def quantise(x: Any) -> Any:
+        values = {
+            key: new(x, each) if isinstance(each, Tensor) else each for key, each in (CALLS[name] | changed).items()
+        }
+        result = called(name, input=x, **values)
+        return (result[1],) if name.startswith("static") else (result[1], result[2])
 
-    raised = canonicalize(written(quantise, given))
+    raised = canonicalize(written(quantise, {"x": LIKE.bfloat16()}))
     assert not raised.dialect_nodes
     (found,) = raised.refusals
     assert found.nearness is Nearness.UNRECOGNIZED
@@ -340,6 +317,5 @@ def test_approximate_reciprocals_are_named() -> None:
         result = torch.ops._C.scaled_fp4_quant.default(x, s, True)
         return result[0], result[1]
 
-    raised = canonicalize(written(quantise, {"x": randn(ROWS, WIDTH), "s": torch.empty(1)}))
-    (found,) = raised.refusals
+    (found,) = canonicalize(written(quantise, {"x": randn(ROWS, WIDTH), "s": torch.empty(1)})).refusals
     assert (found.reason, "approximate reciprocals" in found.detail) == (Reason.ROUNDING, True)
