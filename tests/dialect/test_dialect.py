@@ -1,11 +1,12 @@
 """References against the code they stand for, fakes against references, symbolic sizes, exactness in float64."""
 
-from collections.abc import Callable, Iterator
+import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fuseplan.dialect import DialectOp, Rounding, Sample, ops
@@ -111,18 +112,11 @@ def test_norms_are_bit_for_bit_what_models_write(spelling: str, dtype: torch.dty
         assert torch.equal(ops.rms_norm(x, weight, eps, convention), SPELLINGS[spelling](x, None, weight)[0])
 
 
-def hugging_face_norms() -> dict[str, tuple[Callable[[int], nn.Module], str]]:
-    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-    return {"llama": (LlamaRMSNorm, "llama"), "gpt_oss": (GptOssRMSNorm, "gpt_oss"), "gemma": (GemmaRMSNorm, "gemma")}
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt_oss", "gemma"])
+@pytest.mark.parametrize("name", ["Llama", "GptOss", "Gemma"])
 def test_norms_are_bit_for_bit_those_of_transformers(name: str) -> None:
-    kind, convention = hugging_face_norms()[name]
-    module = kind(64).bfloat16()
+    convention = {"Llama": "llama", "GptOss": "gpt_oss", "Gemma": "gemma"}[name]
+    models = importlib.import_module(f"transformers.models.{convention}.modeling_{convention}")
+    module = getattr(models, f"{name}RMSNorm")(64).bfloat16()
     weight = randn(64, seed=1)
     eps = float(getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6)))
     module.load_state_dict({"weight": weight})
@@ -131,21 +125,15 @@ def test_norms_are_bit_for_bit_those_of_transformers(name: str) -> None:
 
 
 def test_quantisation_is_bit_for_bit_what_models_write() -> None:
-    x, scale = randn(7, 64), torch.tensor([0.013])
+    x, scale, code = randn(7, 64), torch.tensor([0.013]), torch.float8_e4m3fn
     for reciprocal, rounding in ((False, "divide"), (True, "multiply")):
-        q = ops.static_scaled_fp8_quant(x, scale, torch.float8_e4m3fn, rounding)
+        q = ops.static_scaled_fp8_quant(x, scale, code, rounding)
         assert torch.equal(q.float(), quantize(x, scale, reciprocal=reciprocal).float())
-    q, scales = ops.dynamic_per_token_scaled_fp8_quant(
-        x, torch.float8_e4m3fn, 1 / (448 * 512), 0.0, 0.0, None, "multiply"
-    )
-    expected, expected_scales = quantize_rows(x)
-    assert torch.equal(q.float(), expected.float())
-    assert torch.equal(scales, expected_scales)
-
-
-def test_fnuz_has_its_own_largest_value() -> None:
-    q = ops.static_scaled_fp8_quant(torch.tensor([[1e4]]), torch.tensor([1.0]), torch.float8_e4m3fnuz, "divide")
-    assert q.float().item() == 240
+    found = ops.dynamic_per_token_scaled_fp8_quant(x, code, 1 / (448 * 512), 0.0, 0.0, None, "multiply")
+    for got, wanted in zip(found, quantize_rows(x), strict=True):
+        assert torch.equal(got.float(), wanted.float())
+    q = ops.static_scaled_fp8_quant(torch.tensor([[1e4]]), torch.ones(1), torch.float8_e4m3fnuz, "divide")
+    assert q.float().item() == 240, "its own largest value"
 
 
 def test_unknown_conventions_and_names_are_refused() -> None:

@@ -29,19 +29,6 @@ def test_a_product_waits_for_its_weight_or_its_operations() -> None:
         assert graph.step_ns == pytest.approx(H200.launch.value + max(moved, operations), abs=2)
 
 
-def test_what_fusions_contend_for_is_counted_once() -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.RMSNorm(2880, eps=1e-5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.pad(self.norm(x), (0, 192))
-
-    (graph,) = report_on(Block().bfloat16(), torch.randn(16, 2880, dtype=torch.bfloat16)).graphs
-    assert graph.step_ns == graph.unfused_ns
-
-
 def test_rows_that_two_inputs_have_by_sizes_of_their_own_grow_together() -> None:
     """Their product was asked for the flops of matrices whose numbers differ."""
 

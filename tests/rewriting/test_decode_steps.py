@@ -11,7 +11,6 @@ from torch._inductor.inductor_prims import force_stride_order
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-import fuseplan
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.graph.surgery import copy_graph
@@ -23,6 +22,7 @@ from fuseplan.rules import by_name
 from fuseplan.rules.families import BUILT_IN_RULES
 from tests.cached import arguments, attending, layer
 from tests.helpers import quickly_traced, randn, written
+from tests.rules.planning import compiled_and_eager
 
 aten = torch.ops.aten
 RULES = by_name([rule for rule in BUILT_IN_RULES if rule.name == "cached_attention"])
@@ -30,20 +30,12 @@ TOGETHER, ALONE = aten._foreach_add.Scalar, aten.add.Tensor
 COUNTERS, CACHES = slice(5, 8), slice(8, None)
 
 
-def identity(x: Tensor) -> Tensor:
-    return x
-
-
-def same(index: int) -> int:
-    return 1
-
-
 def step(
-    *, by: Callable[[int], int] = same, read: Callable[..., Any] = lambda *given: (),
+    *, by: Callable[[int], int] = lambda index: 1, read: Callable[..., Any] = lambda *given: (),
     position: Callable[..., Tensor] = torch.add,
 ) -> Callable[..., Any]:  # fmt: skip
     """Three layers, each with a counter and caches of its own; what else is read of the mask and the positions."""
-    attended = attending(layer(read=identity))
+    attended = attending(layer(read=lambda cache: cache))
 
     def function(q: Tensor, k: Tensor, v: Tensor, angles: Tensor, scale: Tensor, *rest: Tensor) -> Any:
         counters, caches = rest[:3], rest[3:]
@@ -128,16 +120,10 @@ def test_counters_are_advanced_in_one_op() -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "tokens"),
-    [
-        (step(by=lambda index: index), 1),
-        (step(), 2),
-    ],
-    ids=["by different numbers", "several tokens"],
-)  # fmt: skip
+    ("function", "tokens"), [(step(by=lambda index: index), 1), (step(), 2)], ids=["by different numbers", "two tokens"]
+)
 def test_others_are_advanced_apart(function: Callable[..., Any], tokens: int) -> None:
-    graph = rewritten(function, inputs(tokens))
-    assert not calls(graph, TOGETHER)
+    assert not calls(rewritten(function, inputs(tokens)), TOGETHER)
 
 
 def test_positions_that_are_yielded_stay_in_memory_of_their_own() -> None:
@@ -187,14 +173,11 @@ def of_some_rows(x: Tensor, weight: Tensor, rows: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("function", [written_meanwhile, of_some_rows])
 def test_what_is_shared_stays_what_it_is(function: Callable[..., list[Tensor]]) -> None:
     given = randn(4, 64), randn(64, seed=1), torch.tensor([1, 2, 0, 3])
-    reports: list[fuseplan.Report] = []
-    torch._dynamo.reset()
-    with torch.inference_mode(), dynamo_config.patch(capture_dynamic_output_shape_ops=True):
-        config = fuseplan.PassConfig(policy="ordered(act_padding)")
-        found = fuseplan.compile(function, config=config, on_report=reports.append)(*given)
-        for actual, expected in zip(found, function(*given), strict=True):
-            torch.testing.assert_close(actual, expected, rtol=2**-6, atol=2**-6)
-    assert reports[0].fused["act_padding"] == 2
+    with dynamo_config.patch(capture_dynamic_output_shape_ops=True):
+        report, pairs = compiled_and_eager(function, *given, policy="ordered(act_padding)")
+    for actual, expected in pairs:
+        torch.testing.assert_close(actual, expected, rtol=2**-6, atol=2**-6)
+    assert report.fused["act_padding"] == 2
 
 
 def shared_cosines(product: Any) -> Callable[..., Any]:

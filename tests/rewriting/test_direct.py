@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor import lowering
 from torch._inductor.utils import run_and_get_code
-from torch._inductor.virtualized import V
 
 import fuseplan
 from fuseplan.dialect import ops
@@ -116,17 +114,3 @@ def test_other_numbers_strides_and_dtypes_have_other_keys(calls: list[tuple[Any,
     assert keys[-1] == keys[0]
     assert len(set(keys)) == 5
     assert calls[2][1].stride() == turned.stride()
-
-
-def test_cpp_code_calls_the_op(calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has no way to call a Python function."""
-    from fuseplan.rewriting.direct import DirectKernel
-
-    kernel: Any = object.__new__(DirectKernel)
-    parent = DirectKernel.__mro__[1]
-    monkeypatch.setattr(parent, "get_kernel_name", lambda self: "torch.ops.fuseplan.op")
-    monkeypatch.setattr(parent, "codegen_args", lambda self: ["x"])
-    with V.set_graph_handler(SimpleNamespace(cpp_wrapper=True)):  # type: ignore[arg-type]
-        assert (kernel.get_kernel_name(), kernel.codegen_args()) == ("torch.ops.fuseplan.op", ["x"])
-    with V.set_graph_handler(SimpleNamespace(cpp_wrapper=False)):  # type: ignore[arg-type]
-        assert kernel.get_kernel_name() == "torch.ops.fuseplan.op.direct"

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fuseplan.graph.facts import Call
 from fuseplan.graph.surgery import copy_graph
 from fuseplan.providers.attention import Packs, Shared
-from fuseplan.record import GraphReport, Nearness, Reason, Refusal
+from fuseplan.record import GraphReport, Reason
 from fuseplan.rules import Bindings
 from fuseplan.verification.layout import significant_strides
 from tests.attention import (
@@ -29,8 +29,9 @@ from tests.attention import (
     on_gpu,
     tiled,
 )
+from tests.eager_attention import PLAIN
 from tests.helpers import post_grad, quickly_canonical, quickly_traced, randn
-from tests.rules.planning import planned
+from tests.rules.planning import planned, providers_of, run
 
 aten = torch.ops.aten
 ATTENTION = {
@@ -49,20 +50,7 @@ def called(graph: fx.Graph, kernel: str) -> Call:
 
 
 def applied(report: GraphReport) -> list[str]:
-    return [fusion.provider for fusion in report.applied if fusion.rule == "grouped_attention"]
-
-
-def run(graph: fx.Graph, *arguments: Tensor) -> Tensor:
-    """Graphs take their inputs in the order in which they read them."""
-    named = dict(zip(("q", "k", "v", "mask"), arguments, strict=False))
-    shapes = {tuple(value.shape): value for value in named.values()}
-    assert len(shapes) == len(named) - 1  # keys and values are alike, in this order
-    given = []
-    keys = iter((named["k"], named["v"]))
-    for node in graph.find_nodes(op="placeholder"):
-        shape = tuple(node.meta["val"].shape)
-        given.append(next(keys) if shape == tuple(named["k"].shape) else shapes[shape])
-    return fx.Interpreter(fx.GraphModule({}, graph)).run(*given)[0]  # type: ignore[no-any-return]
+    return providers_of(report, "grouped_attention")
 
 
 def check_shared(attention: Callable[..., Any], provider: str, *given: Tensor, runs: bool = True) -> fx.Graph:
@@ -124,17 +112,13 @@ def test_causal_queries_keep_their_order(masked: bool) -> None:
     check_shared(attend(hugging_face, is_causal=not masked), "sdpa", *inputs(32, masked=masked), runs=masked)
 
 
-def test_one_head_for_all_queries_is_shared_too() -> None:
-    graph = quickly_traced(attend(lambda x: x.expand(-1, HEADS, -1, -1)), *inputs(shared=1))
-    assert applied(planned(graph)) == ["sdpa_packed"]
-
-
 def test_heads_that_are_repeated_in_part_are_shared_by_what_is_left() -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         k, v = (each.repeat_interleave(2, 1) for each in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
     check_shared(attention, "sdpa", *inputs(5))
+    check_shared(attend(lambda x: x.expand(-1, HEADS, -1, -1)), "sdpa_packed", *inputs(shared=1))
 
 
 @pytest.mark.parametrize("queries", [1, 5])
@@ -152,12 +136,11 @@ def test_the_batch_may_be_a_symbol(queries: int) -> None:
 # As traced for a GPU.
 
 
-@pytest.mark.parametrize("device", ["h100", "h200", "b200"])
-def test_cudnn_reads_unrepeated_heads_on_nvidia(device: str) -> None:
+def test_cudnn_reads_unrepeated_heads_on_nvidia() -> None:
     graph = on_gpu(decode())
     before = called(graph, "cudnn")
     promised = before.meta["val"][0]
-    report = planned(graph, device, force=("grouped_attention:sdpa",))
+    report = planned(graph, "h200", force=("grouped_attention:sdpa",))
     assert applied(report) == ["sdpa"]
     call = called(graph, "cudnn")
     assert call is not before
@@ -196,17 +179,6 @@ def test_heads_are_packed_for_every_kernel(kernel: str) -> None:
     assert significant_strides(result.meta["val"]) == significant_strides(promised)
 
 
-@pytest.mark.parametrize(("device", "where"), [("h100", "before torch 2.14"), ("mi300x", "on ROCm")])
-def test_memory_efficient_attention_takes_packed_heads_alone(device: str, where: str) -> None:
-    if device == "h100" and Shared("nvidia")(_bound("efficient")) is None:
-        pytest.skip("this torch's takes shared heads")
-    report = planned(on_gpu(decode(), "efficient"), device, forbid=("grouped_attention:triton",))
-    assert applied(report) == ["sdpa_packed"]
-    (declined,) = [each for each in report.refusals if each.provider == "sdpa"]
-    assert declined.nearness is Nearness.DECLINED
-    assert where in declined.detail
-
-
 def _bound(kernel: str, **values: Any) -> Bindings:
     q, k, v, _ = inputs()
     mask = torch.zeros(3, 1, 1, 32, dtype=q.dtype)
@@ -214,54 +186,44 @@ def _bound(kernel: str, **values: Any) -> Bindings:
     return Bindings("grouped_attention", given)
 
 
-@pytest.mark.parametrize(
-    ("check", "reason"),
-    [
-        (replace(Shared(), torch_version="2.13.0", is_rocm=False), Reason.PROVIDER),
-        (replace(Shared(), torch_version="2.14.0", is_rocm=False), None),
-        (replace(Shared(), torch_version="2.14.0", is_rocm=True), Reason.PROVIDER),
-        (Shared("amd"), Reason.PROVIDER),
-    ],
-)
-def test_memory_efficient_attention_by_version_and_device(check: Shared, reason: Reason | None) -> None:
-    refusal = check(_bound("efficient"))
-    assert (refusal.reason if refusal else None) is reason
+def efficient(version: str, is_rocm: bool) -> Shared:
+    return replace(Shared(), torch_version=version, is_rocm=is_rocm)
 
 
-@pytest.mark.parametrize("check", [Shared(), Packs()])
-@pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_heads_whose_elements_lie_apart_are_declined(check: Callable[[Any], Refusal | None], name: str) -> None:
-    given = _bound("cpu")
-    assert check(given) is None
-    apart = getattr(given, name).repeat_interleave(2, dim=-1)[..., ::2]
-    refusal = check(_bound("cpu", **{name: apart}))
-    assert refusal is not None
-    assert refusal.reason is Reason.LAYOUT
-    assert f"strides of {name} are" in refusal.detail
+def apart(size: int, heads: int = SHARED) -> Tensor:
+    """Heads whose elements lie apart."""
+    return torch.empty(3, heads, size, 2 * HEAD_DIM, dtype=torch.bfloat16)[..., ::2]
 
 
-@pytest.mark.parametrize("check", [Shared(), Packs()])
-def test_the_kernel_of_another_device_is_declined(check: Callable[[Any], Refusal | None]) -> None:
-    refusal = check(_bound("overrideable"))
-    assert refusal is not None
-    assert refusal.reason is Reason.PROVIDER
+EITHER: list[tuple[str, dict[str, Any], Reason | None]] = [
+    ("cpu", {}, None),
+    ("cpu", {"q": apart(1, HEADS)}, Reason.LAYOUT),
+    ("cpu", {"k": apart(32)}, Reason.LAYOUT),
+    ("cpu", {"v": apart(32)}, Reason.LAYOUT),
+    ("overrideable", {}, Reason.PROVIDER),
+]
 
 
 @pytest.mark.parametrize(
-    ("values", "reason"),
+    ("check", "kernel", "values", "reason"),
     [
-        ({"is_causal": True, "mask": None}, Reason.ATTRIBUTE),
-        ({"q": torch.zeros(3, HEADS, 2, HEAD_DIM)}, Reason.SIZE),
-        ({"mask": torch.zeros(3, 1, 2, 32)}, Reason.SIZE),
-        ({"mask": torch.zeros(1, 1, 32)}, Reason.SIZE),
-        ({"mask": torch.zeros(1, 32)}, None),
-        ({"mask": torch.zeros(3, HEADS, 1, 32)}, None),
-        ({"mask": None}, None),
+        (efficient("2.13.0", is_rocm=False), "efficient", {}, Reason.PROVIDER),
+        (efficient("2.14.0", is_rocm=False), "efficient", {}, None),
+        (efficient("2.14.0", is_rocm=True), "efficient", {}, Reason.PROVIDER),
+        (Shared("amd"), "efficient", {}, Reason.PROVIDER),
+        *((check, *given) for check in (Shared(), Packs()) for given in EITHER),
+        (Packs(), "cudnn", {"is_causal": True, "mask": None}, Reason.ATTRIBUTE),
+        (Packs(), "cudnn", {"q": torch.zeros(3, HEADS, 2, HEAD_DIM)}, Reason.SIZE),
+        (Packs(), "cudnn", {"mask": torch.zeros(3, 1, 2, 32)}, Reason.SIZE),
+        (Packs(), "cudnn", {"mask": torch.zeros(1, 1, 32)}, Reason.SIZE),
+        (Packs(), "cudnn", {"mask": torch.zeros(1, 32)}, None),
+        (Packs(), "cudnn", {"mask": torch.zeros(3, HEADS, 1, 32)}, None),
     ],
 )
-def test_what_packing_takes(values: dict[str, Any], reason: Reason | None) -> None:
-    refusal = Packs()(_bound("cudnn", **values))
+def test_what_torchs_kernels_take(check: Any, kernel: str, values: dict[str, Any], reason: Reason | None) -> None:
+    refusal = check(_bound(kernel, **values))
     assert (refusal.reason if refusal else None) is reason
+    assert reason is not Reason.LAYOUT or f"strides of {next(iter(values))} are" in refusal.detail
 
 
 # Near misses.
@@ -320,9 +282,9 @@ NEAR_MISSES: dict[str, tuple[Callable[[], fx.Graph], Reason, str]] = {
     "repeated keys are read, too": (lambda: traced(keys_read_too), Reason.USERS, "repeat_heads"),
     "heads after each other": (lambda: traced(attend(tiled)), Reason.ATTRIBUTE, "after each other"),
     "keys alone": (lambda: traced(keys_alone), Reason.OP, "values are not"),
-    "shared unlike": (lambda: traced(shared_unlike), Reason.ATTRIBUTE, "keys have 2 heads, 4 times each"),
     "heads that don't divide": (of_six_heads, Reason.SIZE, "6 query heads don't divide by 8 heads"),
     "a mask of truths": (masked_by_truths, Reason.DTYPE, ""),
+    "shared unlike": (lambda: traced(shared_unlike), Reason.ATTRIBUTE, "keys have 2 heads, 4 times each"),
 }
 
 
@@ -340,12 +302,15 @@ def test_what_is_in_the_way_is_named(case: str) -> None:
 # What stays as it is.
 
 
-@pytest.mark.parametrize("config", [{"fuse_grouped_attention": False}, {"policy": "off"}])
-def test_disabled_is_identity(config: dict[str, Any]) -> None:
-    graph = decode()
-    before = str(copy_graph(graph)[0])
-    assert not applied(planned(graph, **config))
-    assert str(graph) == before
+@pytest.mark.parametrize(
+    "config", [{"fuse_grouped_attention": False, "fuse_eager_attention": False}, {"policy": "off"}]
+)
+@pytest.mark.parametrize("graph", [decode, lambda: PLAIN.graph(5, torch.float32)], ids=["grouped", "spelled out"])
+def test_disabled_is_identity(graph: Callable[[], fx.Graph], config: dict[str, Any]) -> None:
+    given = graph()
+    before = str(copy_graph(given)[0])
+    assert not planned(given, **config).applied
+    assert str(given) == before
 
 
 def test_unshared_heads_are_nothing_to_speak_of() -> None:

@@ -17,7 +17,9 @@ from tests.interpreted import no_code
 
 PROGRAMS, BY_DAY = 40, 12
 RULES = ("cached_attention", "qk_norm_cached_attention", "rope_cache", "qk_norm_rope_cache")
-Step = Callable[[dict[str, Any]], None]
+LAYER, MOVE_ON = "a layer", "positions move on"
+Step = Callable[[dict[str, Any]], Any]
+Caches = tuple[tuple[Tensor, Tensor], ...]
 
 
 def _layer(state: dict[str, Any]) -> None:
@@ -28,58 +30,41 @@ def _layer(state: dict[str, Any]) -> None:
     state["turn"] += 1
 
 
-def _same_caches_again(state: dict[str, Any]) -> None:
-    state["turn"] += 1  # the next layer has the caches of the one before the last
-
-
-def _read_keys(state: dict[str, Any]) -> None:
-    state["out"].append(state["caches"][0][0] * 2)
-
-
-def _read_a_slice(state: dict[str, Any]) -> None:
-    state["out"].append(state["caches"][1][1][:, :, 2:5].sum(-1))
-
-
-def _view(state: dict[str, Any]) -> None:
-    state["out"].append(state["caches"][0][1].view(-1)[3:9].clone())
-
-
-def _return(state: dict[str, Any]) -> None:
-    state["out"].append(state["caches"][1][0])
-
-
-def _return_a_view(state: dict[str, Any]) -> None:
-    state["out"].append(state["caches"][0][0].transpose(1, 2))
-
-
-def _write_more(state: dict[str, Any]) -> None:
-    state["caches"][0][1].index_copy_(2, state["positions"] - 1, state["v"].transpose(1, 2) * 2)
-
-
-def _scale(state: dict[str, Any]) -> None:
-    state["caches"][1][1].mul_(2)
+def _advance(state: dict[str, Any]) -> None:
+    """The next layer has the caches of the one before the last."""
+    state["turn"] += 1
 
 
 def _from_cache(state: dict[str, Any]) -> None:
     state["v"] = state["v"] + state["caches"][0][0][:, :, :1].transpose(1, 2)
 
 
-def _copy_over(state: dict[str, Any]) -> None:
-    state["caches"][0][0].copy_(state["caches"][1][0])
-
-
-def _write_to_queries(state: dict[str, Any]) -> None:
-    state["given"][0].add_(1)
-
-
 def _move_on(state: dict[str, Any]) -> None:
     state["given"][-1].add_(1)  # as `cumulative_length` does
 
 
-STEPS: tuple[Step, ...] = (
-    _same_caches_again, _read_keys, _read_a_slice, _view, _return, _return_a_view, _write_more, _scale, _from_cache,
-    _copy_over, _write_to_queries, _move_on,
-)  # fmt: skip
+def _yields(read: Callable[[Caches], Tensor]) -> Step:
+    """What is read of the caches of both layers is a result."""
+    return lambda state: state["out"].append(read(state["caches"]))
+
+
+STEPS: dict[str, Step] = {
+    "the same caches again": _advance,
+    "keys are read": _yields(lambda caches: caches[0][0] * 2),
+    "a slice is read": _yields(lambda caches: caches[1][1][:, :, 2:5].sum(-1)),
+    "a view": _yields(lambda caches: caches[0][1].view(-1)[3:9].clone()),
+    "returned": _yields(lambda caches: caches[1][0]),
+    "a view is returned": _yields(lambda caches: caches[0][0].transpose(1, 2)),
+    "written once more": lambda state: state["caches"][0][1].index_copy_(
+        2, state["positions"] - 1, state["v"].transpose(1, 2) * 2
+    ),
+    "scaled": lambda state: state["caches"][1][1].mul_(2),
+    "values from a cache": _from_cache,
+    "copied over": lambda state: state["caches"][0][0].copy_(state["caches"][1][0]),
+    "queries are written to": lambda state: state["given"][0].add_(1),
+    MOVE_ON: _move_on,
+    LAYER: _layer,
+}
 
 
 def _attended(inner: Layer) -> Layer:
@@ -95,7 +80,8 @@ def _attended(inner: Layer) -> Layer:
 def program(seed: int) -> tuple[Callable[..., Any], list[Tensor], list[str]]:
     """A function of q, k, v, two layers' caches, angles and positions; its arguments; and its steps."""
     draw = random.Random(seed)
-    steps = [_layer, *draw.choices(STEPS, k=draw.randint(0, 4)), *[_layer] * draw.randint(0, 2)]
+    others = [name for name in STEPS if name != LAYER]
+    steps = [LAYER, *draw.choices(others, k=draw.randint(0, 4)), *[LAYER] * draw.randint(0, 2)]
     draw.shuffle(steps)
     make, write = draw.choice((layer, normed_layer)), draw.choice((index_copy, assigned))
     tokens_first = draw.random() < 0.7
@@ -109,20 +95,20 @@ def program(seed: int) -> tuple[Callable[..., Any], list[Tensor], list[str]]:
         state = {
             "given": given, "q": given[0], "k": given[1], "v": given[2], "layer": inner, "turn": 0, "out": [],
             "caches": (given[3:5], given[3:5] if shared else given[5:7]), "angles": given[7:9],
-            "positions": given[9] + 0 if _move_on in steps else given[9],
+            "positions": given[9] + 0 if MOVE_ON in steps else given[9],
         }  # fmt: skip
         for step in steps:
-            step(state)
+            STEPS[step](state)
         return state["out"] or [given[0] + 1]  # type: ignore[return-value]
 
     own = [each.clone() for _ in range(2) for each in caches]
-    return function, [q, k, v, *own, cos, sin, positions], [step.__name__ for step in steps]
+    return function, [q, k, v, *own, cos, sin, positions], steps
 
 
 def test_programs_differ() -> None:
     drawn = [program(seed)[2] for seed in range(PROGRAMS)]
     assert len({*map(tuple, drawn)}) > PROGRAMS // 2
-    assert ["_layer"] in drawn
+    assert [LAYER] in drawn
 
 
 @pytest.mark.parametrize(
@@ -138,7 +124,7 @@ def test_what_is_computed_and_cached_stays(seed: int) -> None:
         torch._dynamo.reset()
         config = fuseplan.PassConfig(policy=f"ordered({', '.join(RULES)})")
         actual = fuseplan.compile(function, config=config, on_report=reports.append)(*fused)
-    if steps == ["_layer"]:
+    if steps == [LAYER]:
         assert sum(reports[0].fused.values()) == 1
     assert [each.data_ptr() for each in fused] == pointers
     for got, want in zip((*actual, *fused), (*expected, *wanted), strict=True):

@@ -19,32 +19,23 @@ from fuseplan.rules import Bindings
 from fuseplan.rules.families.attention import EagerAttention
 from fuseplan.rules.parts.eager_attention.op import eager_attention_reference
 from tests.attention import HEAD_DIM, HEADS, SHARED, SPELLINGS, attend, hugging_face, inputs, tiled
-from tests.eager_attention import CAP, MODELS, PLAIN, SCALE, SINKS, Eager, exact, online, unshared
+from tests.eager_attention import CAP, MODELS, PLAIN, SCALE, Eager, exact, online, unshared
 from tests.helpers import post_grad, quickly_traced, randn
-from tests.rules.planning import planned
+from tests.rules.planning import planned, providers_of, run
 
 aten = torch.ops.aten
 NARROW = (torch.bfloat16, torch.float16)
+GIVEN = [randn(2, 4, 8, 16, seed=seed) for seed in range(3)]
 
 
 def applied(report: GraphReport) -> list[str]:
-    return [fusion.provider for fusion in report.applied if fusion.rule == "eager_attention"]
+    return providers_of(report, "eager_attention")
 
 
 def raised(graph: fx.Graph) -> list[fx.Node]:
     canonical = canonicalize(graph)
     canonical.graph.lint()
     return canonical.calls(ops.eager_attention.overload)  # type: ignore[return-value]
-
-
-def run(graph: fx.Graph, *arguments: Tensor) -> Tensor:
-    """Graphs take their inputs in the order in which they read them: by shapes, and keys before values."""
-    left = list(arguments)
-    given = []
-    for node in graph.find_nodes(op="placeholder"):
-        place = next(at for at, each in enumerate(left) if each.shape == node.meta["val"].shape)
-        given.append(left.pop(place))
-    return fx.Interpreter(fx.GraphModule({}, graph)).run(*given)[0]  # type: ignore[no-any-return]
 
 
 # What is raised.
@@ -70,16 +61,11 @@ def test_every_model_is_raised_whole(name: str, dtype: torch.dtype, queries: int
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_heads_are_shared_in_every_spelling(spelling: str, batch: int) -> None:
-    (node,) = raised(Eager(repeat=SPELLINGS[spelling]).graph(batch=batch))
-    assert [each.meta["val"].shape[1] for each in node.args[:3]] == [HEADS, SHARED, SHARED]  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize("repeat", [unshared, tiled])
-def test_heads_that_are_not_shared_stay_as_they_are(repeat: Callable[[Tensor], Tensor]) -> None:
-    (node,) = raised(Eager(repeat=repeat).graph())
-    assert [each.meta["val"].shape[1] for each in node.args[:3]] == [HEADS] * 3  # type: ignore[union-attr]
+@pytest.mark.parametrize("repeat", [*SPELLINGS.values(), unshared, tiled], ids=lambda each: each.__name__)
+def test_heads_are_shared_in_every_spelling(repeat: Callable[[Tensor], Tensor], batch: int) -> None:
+    (node,) = raised(Eager(repeat=repeat).graph(batch=batch))
+    shared = HEADS if repeat in (unshared, tiled) else SHARED
+    assert [each.meta["val"].shape[1] for each in node.args[:3]] == [HEADS, shared, shared]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -94,28 +80,16 @@ def test_softmaxes_are_read_as_inductor_prepares_them_on_cuda(name: str) -> None
     torch.testing.assert_close(run(graph, *arguments), expected, rtol=2**-5, atol=2**-5)
 
 
-def test_no_mask_is_needed() -> None:
-    q, k, v, _, sinks = SINKS.inputs()
-    (node,) = raised(quickly_traced(lambda q, k, v, sinks: SINKS(q, k, v, None, sinks), q, k, v, sinks))
-    assert node.args[3] is None
-    assert isinstance(node.args[4], fx.Node)
-
-
-def test_scales_may_divide_and_caps_may_be_products() -> None:
+def test_scales_may_divide_caps_be_products_and_keys_be_swapped_and_no_mask_is_needed() -> None:
     def model(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         return (torch.tanh((q @ k.mT) / 4.0 * 0.5) * 2.0 + mask).softmax(-1) @ v
 
-    q, k, v = (randn(2, 4, 8, 16, seed=seed) for seed in range(3))
+    q, k, v = GIVEN
     (node,) = raised(quickly_traced(model, q, k, v, randn(8, 8)))
     assert node.args[5:] == (0.25, 2.0, "eager")
-
-
-def test_keys_may_come_with_their_dimensions_swapped() -> None:
-    q, k, v = (randn(2, 4, 8, 16, seed=seed) for seed in range(3))
-    turned = k.mT.contiguous()
-    graph = quickly_traced(lambda q, turned, v, mask: (q @ turned + mask).softmax(-1) @ v, q, turned, v, randn(8, 8))
-    (node,) = raised(graph)
+    (node,) = raised(quickly_traced(lambda q, turned, v: (q @ turned).softmax(-1) @ v, q, k.mT.contiguous(), v))
     assert node.args[1].meta["val"].shape == k.shape  # type: ignore[union-attr]
+    assert node.args[3] is None
 
 
 @pytest.mark.parametrize("dynamic", [0, 2])
@@ -145,35 +119,28 @@ def test_on_a_cpu_inductors_one_kernel_for_one_query_stays(
     assert applied(planned(graph, allow_rounding_changes=dtype is not torch.float32)) == provider
 
 
-@pytest.mark.parametrize(("queries", "provider"), [(1, "sdpa_packed"), (5, "sdpa")])
-def test_in_float32_the_cpus_kernel_may_run_as_it_is(queries: int, provider: str) -> None:
-    arguments = PLAIN.inputs(queries, torch.float32)
-    graph = quickly_traced(PLAIN, *arguments)
-    expected = run(graph, *arguments)
-    report = planned(graph, verify="always", force=(f"eager_attention:{provider}",))
-    assert applied(report) == [provider]
-    assert all(each.passed for each in report.verified)
-    assert not graph.find_nodes(op="call_function", target=aten.bmm.default)
-    torch.testing.assert_close(run(graph, *arguments), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("dtype", [*NARROW, torch.float32], ids=str)
 @pytest.mark.parametrize(("queries", "provider"), [(1, "sdpa_packed"), (5, "sdpa")])
 def test_in_narrow_dtypes_rounding_has_to_be_allowed(dtype: torch.dtype, queries: int, provider: str) -> None:
     arguments = PLAIN.inputs(queries, dtype)
     graph = quickly_traced(PLAIN, *arguments)
     plain = run(graph, *arguments)
-    refused = planned(copy_graph(graph)[0])
-    assert not applied(refused)
-    (said,) = [each for each in refused.refusals if each.provider == provider]
-    assert (said.reason, said.mend) == (Reason.ROUNDING, "set allow_rounding_changes")
-    how = "keeps scores and their softmax in float32, and the graph rounds both"
-    assert said.detail == f"{provider}'s fused_attention {how}"
+    if dtype in NARROW:
+        refused = planned(copy_graph(graph)[0])
+        assert not applied(refused)
+        (said,) = [each for each in refused.refusals if each.provider == provider]
+        assert (said.reason, said.mend) == (Reason.ROUNDING, "set allow_rounding_changes")
+        how = "keeps scores and their softmax in float32, and the graph rounds both"
+        assert said.detail == f"{provider}'s fused_attention {how}"
 
     force = (f"eager_attention:{provider}",)
-    report = planned(graph, verify="always", allow_rounding_changes=True, force=force)
+    report = planned(graph, verify="always", allow_rounding_changes=dtype in NARROW, force=force)
     assert applied(report) == [provider]
     assert all(each.passed for each in report.verified)
+    assert not graph.find_nodes(op="call_function", target=aten.bmm.default)
+    if dtype is torch.float32:
+        torch.testing.assert_close(run(graph, *arguments), plain, rtol=1e-5, atol=1e-5)
+        return
     true = PLAIN(*(each.double() for each in arguments))
     off, own = ((each.double() - true).abs().max() for each in (run(graph, *arguments), plain))
     assert off <= own
@@ -224,14 +191,6 @@ def test_the_reference_is_the_models(name: str, dtype: torch.dtype, rounding: st
     assert off <= own * 1.5
 
 
-def test_heads_that_do_not_divide_are_an_error_as_in_eager_mode() -> None:
-    q, k = randn(1, 6, 1, 16), randn(1, 4, 8, 16)
-    with pytest.raises(RuntimeError, match=r"must match the size of tensor"):
-        eager_attention_reference(q, k, k, None, None, SCALE, None, "eager")
-    with pytest.raises(ValueError, match="'bf16' is not a valid AttentionRounding"):
-        eager_attention_reference(q, q, q, None, None, SCALE, None, "bf16")
-
-
 # Near misses.
 
 
@@ -242,27 +201,56 @@ def missed(graph: fx.Graph, **config: Any) -> Refusal:
     return refusal
 
 
-def test_weights_that_are_asked_for_are_refused() -> None:
-    graph = quickly_traced(PLAIN.both, *PLAIN.inputs())
-    refusal = missed(graph)
-    assert (refusal.reason, refusal.mend) == (Reason.USERS, "leave output_attentions out")
-    assert refusal.detail == "attention not recognised: the tensor of weights is returned from the graph, too"
+def scores_read_too(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    scores = q @ k.mT
+    return scores.softmax(-1) @ v, scores.amax(-1)
 
 
-def test_a_second_reader_of_the_scores_is_refused() -> None:
-    def model(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        scores = q @ k.mT
-        return scores.softmax(-1) @ v, scores.amax(-1)
-
-    refusal = missed(quickly_traced(model, *(randn(2, 4, 8, 16, seed=seed) for seed in range(3))))
-    assert refusal.reason is Reason.USERS
-    assert "the tensor of scores is also read by aten.amax.default" in refusal.detail
+def by_math(*arguments: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return attend(hugging_face)(*arguments)
 
 
-def test_dropout_is_refused() -> None:
-    refusal = missed(Eager(weights=lambda weights: F.dropout(weights, 0.1)).graph())
-    assert (refusal.reason, refusal.mend) == (Reason.ATTRIBUTE, "call model.eval()")
-    assert refusal.detail == "attention not recognised: it drops some of its weights"
+def of_weights(step: Callable[[Tensor], Tensor]) -> fx.Graph:
+    return Eager(weights=step).graph()
+
+
+def in_another_dtype() -> fx.Graph:
+    q, k, v, mask = PLAIN.inputs()
+    return quickly_traced(PLAIN, q, k, v, mask.float())
+
+
+NEAR_MISSES: dict[str, tuple[Callable[[], fx.Graph], Reason, str, str | None]] = {
+    "weights that are asked for": (
+        lambda: quickly_traced(PLAIN.both, *PLAIN.inputs()), Reason.USERS,
+        "attention not recognised: the tensor of weights is returned from the graph, too",
+        "leave output_attentions out",
+    ),
+    "a second reader of the scores": (
+        lambda: quickly_traced(scores_read_too, *GIVEN), Reason.USERS,
+        "the tensor of scores is also read by aten.amax.default", None,
+    ),
+    "dropout": (
+        lambda: of_weights(lambda weights: F.dropout(weights, 0.1)), Reason.ATTRIBUTE,
+        "attention not recognised: it drops some of its weights", "call model.eval()",
+    ),
+    "other ops on weights": (
+        lambda: of_weights(lambda weights: weights * 2), Reason.OP,
+        "aten.mul.Tensor stands between its weights and their product with values", None,
+    ),
+    "a mask of another dtype": (in_another_dtype, Reason.DTYPE, "queries, keys, values and terms added to", None),
+    "math": (lambda: quickly_traced(by_math, *inputs()), Reason.OP, "", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NEAR_MISSES)
+def test_what_is_in_the_way_is_named(case: str) -> None:
+    graph, reason, detail, mend = NEAR_MISSES[case]
+    refusal = missed(graph())
+    assert refusal.reason is reason
+    assert detail in refusal.detail
+    assert mend is None or refusal.mend == mend
+    assert case != "math" or refusal.nearness is Nearness.UNRECOGNIZED
 
 
 @pytest.mark.parametrize(
@@ -302,39 +290,8 @@ def capped_behind(scores: Tensor) -> Tensor:
 )
 def test_what_a_softmax_of_scores_does_not_do_is_refused(model: Eager, turned: Any) -> None:
     assert raised(replace(model, turned=turned).graph(dtype=torch.float32)) == []
-
-
-def test_scores_may_be_shifted_before_a_mask_is_added() -> None:
-    assert len(raised(Eager(scores=shifted).graph())) == 1
-
-
-def test_other_ops_on_weights_are_refused() -> None:
-    refusal = missed(Eager(weights=lambda weights: weights * 2).graph())
-    assert refusal.reason is Reason.OP
-    assert "aten.mul.Tensor stands between its weights and their product with values" in refusal.detail
-
-
-def test_a_mask_of_another_dtype_is_refused() -> None:
-    q, k, v, mask = PLAIN.inputs()
-    refusal = missed(quickly_traced(PLAIN, q, k, v, mask.float()))
-    assert refusal.reason in (Reason.DTYPE, Reason.OP)
-
-
-def test_math_is_a_near_miss() -> None:
-    def attention(*arguments: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):
-            return attend(hugging_face)(*arguments)
-
-    refusal = missed(quickly_traced(attention, *inputs()))
-    assert (refusal.reason, refusal.nearness) == (Reason.OP, Nearness.UNRECOGNIZED)
-
-
-def test_a_softmax_over_another_dimension_is_none() -> None:
-    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (q @ k.mT).softmax(-2) @ v
-
-    graph = quickly_traced(model, *(randn(2, 4, 8, 16, seed=seed) for seed in range(3)))
-    assert not raised(graph)
+    assert len(raised(Eager(scores=shifted).graph())) == 1, "before a mask is added"
+    assert raised(quickly_traced(lambda q, k, v: (q @ k.mT).softmax(-2) @ v, *GIVEN)) == []
 
 
 def bound(**values: Any) -> Bindings:
@@ -373,8 +330,6 @@ def test_lengths_that_need_not_be_equal_are_refused(values: dict[str, Any], says
         (Spelled(Packs()), {"q": (2, 8, 2, 16)}, Reason.SIZE),
         (Spelled(), {"v": (2, 2, 40, 24)}, Reason.SIZE),
         (Spelled(), {"mask": (1, 1, 40)}, Reason.SIZE),
-        (Spelled(), {"softcap": 2.0}, Reason.ATTRIBUTE),
-        (Spelled(), {"sinks": (8,)}, Reason.ATTRIBUTE),
         (Spelled(vendor="nvidia"), {}, Reason.PROVIDER),
         (Spelled(vendor="cpu"), {}, None),
     ],
@@ -385,11 +340,3 @@ def test_what_torchs_kernel_for_cpus_takes(check: Spelled, values: dict[str, Any
 
 
 # What stays as it is.
-
-
-@pytest.mark.parametrize("config", [{"fuse_eager_attention": False}, {"policy": "off"}])
-def test_disabled_is_identity(config: dict[str, Any]) -> None:
-    graph = PLAIN.graph(5, torch.float32)
-    before = str(copy_graph(graph)[0])
-    assert not applied(planned(graph, **config))
-    assert str(graph) == before

@@ -11,13 +11,12 @@ from torch.nn import functional as F
 
 import fuseplan
 from fuseplan.compilation.manager import PostGradPassManager
-from fuseplan.dialect import ACTIVATION_FAMILY, KEPT_ACTIVATION_FAMILY, KEPT_NORM_FAMILY, NORM_FAMILY, ops
+from fuseplan.dialect import KEPT_ACTIVATION_FAMILY, KEPT_NORM_FAMILY
 from fuseplan.providers import provider_of
 from fuseplan.record import Nearness, Reason, Report
 from fuseplan.rules.families import BUILT_IN_RULES
 from fuseplan.verification.check import check
 from fuseplan.verification.specs import Case, TensorSpec
-from fuseplan.verification.steps import Stepped
 from tests.helpers import HIDDEN, all_reduce, llama, quantize, quantize_rows, quickly_traced, randn
 from tests.rules.parts.test_group_fp8 import quantize_groups
 from tests.rules.test_rules import ALONE, W, compare
@@ -37,31 +36,21 @@ def applied(report: Report) -> list[str]:
 
 
 @pytest.mark.sampled
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_what_others_read_is_yielded_beside_the_codes(suffix: str, residual: bool) -> None:
-    def model(x: Tensor, r: Tensor, weight: Tensor, router: Tensor) -> tuple[Tensor, ...]:
-        y, total = llama(x, r if residual else None, weight)
-        return *FORMATS[suffix](y), F.linear(y, router), total * 2
-
-    inputs = randn(7, HIDDEN), randn(7, HIDDEN, seed=1), W, randn(EXPERTS, HIDDEN, seed=2)
-    report = compare(model, *inputs, rule="norm_quant", ulps=8, coded=suffix == "dynamic_fp8_quant")
-    assert applied(report) == [f"{'fused_add_' if residual else ''}rms_norm_{suffix}_and_norm"]
-    assert not report.near_misses
-
-
-@pytest.mark.sampled
+@pytest.mark.parametrize("core", ["rms_norm", "fused_add_rms_norm", "silu_and_mul"])
 @pytest.mark.parametrize("reads", ["product", "pointwise", "itself"])
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_what_others_read_of_an_activation_is_yielded_beside_the_codes(suffix: str, reads: str) -> None:
-    def model(gate: Tensor, up: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
-        y = F.silu(gate) * up
-        read = {"product": F.linear(y, matrix), "pointwise": y.abs() + 1, "itself": y}
-        return *FORMATS[suffix](y), read[reads]
+def test_what_others_read_is_yielded_beside_the_codes(suffix: str, reads: str, core: str) -> None:
+    is_norm = core != "silu_and_mul"
 
-    inputs = randn(7, HIDDEN), randn(7, HIDDEN, seed=1), randn(8, HIDDEN, seed=2)
-    report = compare(model, *inputs, rule="act_quant", ulps=8, coded=reads == "product")
-    assert applied(report) == [f"silu_and_mul_{suffix}_and_activation"]
+    def model(x: Tensor, r: Tensor, weight: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
+        y, total = llama(x, r if "add" in core else None, weight) if is_norm else (F.silu(x) * r, x)
+        read = {"product": F.linear(y, matrix), "pointwise": y.abs() + 1, "itself": y}
+        return *FORMATS[suffix](y), read[reads], total * 2
+
+    inputs = randn(7, HIDDEN), randn(7, HIDDEN, seed=1), W, randn(EXPERTS, HIDDEN, seed=2)
+    coded = suffix == "dynamic_fp8_quant" and reads == "product"
+    report = compare(model, *inputs, rule="norm_quant" if is_norm else "act_quant", ulps=8, coded=coded)
+    assert applied(report) == [f"{core}_{suffix}_and_{'norm' if is_norm else 'activation'}"]
     assert not report.near_misses
 
 
@@ -155,60 +144,28 @@ def _(codes: Tensor, scales: Tensor, scores: Tensor) -> Tensor:
     return torch.empty_like(codes, dtype=torch.bfloat16)
 
 
-class MixtureOfExperts(torch.nn.Module):
-    """Layers whose router reads what is quantised for the experts, by rows or by groups."""
-
-    def __init__(self, quantise: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
-        super().__init__()
-        self.quantise = quantise
-        generator = torch.Generator().manual_seed(0)
-        routers = [torch.randn(EXPERTS, WIDE, generator=generator) / 16 for _ in range(LAYERS)]
-        self.routers = torch.nn.ParameterList([torch.nn.Parameter(each.bfloat16()) for each in routers])
-        self.weight = torch.nn.Parameter(torch.linspace(0.5, 1.5, WIDE).bfloat16())
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        for router in self.routers:
-            y, residual = llama(x, residual, self.weight)
-            scores = F.linear(y, router)
-            codes, scales = self.quantise(y)
-            x = experts(codes, scales, scores)
-        return x + residual
-
-
 @pytest.mark.parametrize(
     ("suffix", "quantise"),
     [("dynamic_fp8_quant", quantize_rows), ("group_fp8_quant", partial(quantize_groups, group=128))],
 )
 def test_every_layer_of_a_mixture_of_experts(suffix: str, quantise: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
-    model, inputs = MixtureOfExperts(quantise), (randn(7, WIDE), randn(7, WIDE, seed=1))
+    """Its router reads what is quantised for the experts, by rows or by groups."""
+
+    def model(x: Tensor, residual: Tensor, weight: Tensor, *routers: Tensor) -> Tensor:
+        for router in routers:
+            y, residual = llama(x, residual, weight)
+            x = experts(*quantise(y), F.linear(y, router))
+        return x + residual
+
+    weight = torch.linspace(0.5, 1.5, WIDE).bfloat16()
+    inputs = [*(randn(7, WIDE, seed=seed) for seed in (0, 1)), weight]
+    inputs += [randn(EXPERTS, WIDE, seed=seed) / 16 for seed in range(2, 2 + LAYERS)]
     report = compare(model, *inputs, rule="norm_quant", ulps=8, coded=False)
     assert applied(report) == [f"fused_add_rms_norm_{suffix}_and_norm"] * LAYERS
     planned = fuseplan.explain(model, *inputs, device="h200")
     assert planned.fused["norm_quant"] == LAYERS
     assert {fusion.provider for fusion in planned.graphs[0].applied} == {"triton"}
     assert not [miss for miss in planned.near_misses if miss.rule == "norm_quant" and miss.nearness is Nearness.REFUSED]
-
-
-class Mlps(torch.nn.Module):
-    """Layers that yield their activations beside what their codes stand for, as taps for distillation do."""
-
-    def forward(self, x: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
-        taps = []
-        for _ in range(LAYERS):
-            gate, up = F.linear(x, matrix).chunk(2, -1)
-            y = F.silu(gate) * up
-            codes, scale = quantize_groups(y, group=128)
-            groups = codes.float().unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)
-            taps.append(y)
-            x = groups.flatten(-2).bfloat16()
-        return x, *taps
-
-
-def test_every_layer_whose_activation_is_read_is_planned() -> None:
-    planned = fuseplan.explain(Mlps(), randn(64, WIDE), randn(2 * WIDE, WIDE) / 16, device="h200")
-    chosen = [(fusion.op, fusion.provider) for fusion in planned.graphs[0].applied if fusion.rule == "act_quant"]
-    assert chosen == [("silu_and_mul_group_fp8_quant_and_activation", "triton")] * LAYERS
-    assert not planned.near_misses
 
 
 def sound(results: list[Tensor]) -> None:
@@ -275,23 +232,3 @@ def test_verification_holds_it_against_the_graphs(suffix: str, kind: str) -> Non
     assert checked(family[suffix], sound, **given, **OWN[suffix]) is None
     for spoil in wrong:
         assert "result 2" in str(checked(family[suffix], spoil, **given, **OWN[suffix])), spoil.__name__
-
-
-@pytest.mark.parametrize(
-    ("plain", "kept"),
-    [
-        *((NORM_FAMILY[key], op) for key, op in KEPT_NORM_FAMILY.items()),
-        *((ACTIVATION_FAMILY[key], op) for key, op in KEPT_ACTIVATION_FAMILY.items()),
-    ],
-    ids=lambda op: op.name,
-)
-def test_codes_and_scales_have_the_places_that_they_have_without_it(plain: Any, kept: Any) -> None:
-    rules = [next(rule for rule in BUILT_IN_RULES if rule.op is op) for op in (plain, kept)]
-    places = [found.places if (found := Stepped.of(rule)) else None for rule in rules]
-    assert places[0] == places[1]
-    assert (plain.packed, plain.arguments) == (kept.packed, kept.arguments)
-    assert ops.of(kept.overload) is kept
-
-
-def test_every_activation_has_one_that_is_kept() -> None:
-    assert set(KEPT_ACTIVATION_FAMILY) == set(ACTIVATION_FAMILY)

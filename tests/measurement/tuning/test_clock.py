@@ -1,12 +1,13 @@
-"""Interleaving, the slowest rank, and how many calls make a repeat; no clock is read."""
+"""Interleaving, the slowest rank, how many calls make a repeat, and a busy machine; no clock is read."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from fuseplan.measurement.tuning import Ranks, Times, interleaved
+from fuseplan.measurement.tuning import Ranks, Times, busy, interleaved
 from fuseplan.measurement.tuning.clock import MOST_CALLS, Subject
 
 CPU = torch.device("cpu")
@@ -68,3 +69,13 @@ def test_calls_take_turns_over_the_sets() -> None:
     subject.settle(5)
     assert subject.time_ns() > 0
     assert seen == [0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(("load", "processors", "expected"), [(9.3, 2, True), (0.4, 2, False), (20.0, 128, False)])
+def test_a_busy_machine_is_named(load: float, processors: int, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr(os, "cpu_count", lambda: processors)
+    notes = busy()
+    assert bool(notes) == expected
+    if expected:
+        assert notes == ["this machine is busy (load 9.3 on 2 processors): other work changes the times"]

@@ -1,7 +1,6 @@
 """Microscaled formats as torchao spells them, and what is quantised to them in tests."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch.nn import functional as F
 
 import fuseplan
 from tests.helpers import all_reduce, llama, randn
-from tests.interpreted import no_code
+from tests.rules.planning import compiled_and_eager
 
 SCALINGS = ("floor", "ceil", "even", "rceil")
 WIDTH, GROUP = 128, 32
@@ -179,10 +178,8 @@ RULES = {"norm": "norm_quant", "add_norm": "norm_quant", "reduced": "allreduce_r
 
 def check_fused(function: Callable[..., Any], given: tuple[Tensor, ...], group: str, rule: str) -> None:
     """One fusion, by this rule, and the same bits. Code is made of matrices; other graphs are interpreted."""
-    reports: list[fuseplan.Report] = []
-    torch._dynamo.reset()
-    with torch.inference_mode(), nullcontext() if given[0].dim() == 2 else no_code():
-        compiled: Any = fuseplan.compile(lambda *x: function(*x, group), config=CONFIG, on_report=reports.append)
-        pairs = list(zip(compiled(*given), function(*given, group), strict=True))
-    assert {name: count for name, count in reports[0].fused.items() if count} == {rule: 1}
+    report, pairs = compiled_and_eager(
+        lambda *x: function(*x, group), *given, policy=CONFIG.policy, coded=given[0].dim() == 2
+    )
+    assert {name: count for name, count in report.fused.items() if count} == {rule: 1}
     assert all(torch.equal(bits(got), bits(wanted)) for got, wanted in pairs)

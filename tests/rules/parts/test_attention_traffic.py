@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,10 +13,13 @@ ROOT = Path(__file__).resolve().parents[3]
 ROWS = json.loads((ROOT / "benchmarks/results/decode_one_gpu_h100.json").read_text())["rows"]
 
 
-def region(batch: int, keys: int, kernel: str = "cudnn", itemsize: int = 2) -> AttentionRegion:
-    return AttentionRegion(
-        batch=batch, q_heads=32, heads=8, queries=1, keys=keys, width=128, itemsize=itemsize, kernel=kernel
-    )
+SIZES = [(1, 1280), (8, 1280), (32, 1280), (1, 8192), (8, 8192)]
+every_size = pytest.mark.parametrize(("batch", "keys"), SIZES)
+
+
+def region(batch: int, keys: int, kernel: str = "cudnn", **more: int) -> AttentionRegion:
+    sizes: dict[str, Any] = {"q_heads": 32, "heads": 8, "queries": 1, "width": 128, "itemsize": 2, **more}
+    return AttentionRegion(batch=batch, keys=keys, kernel=kernel, **sizes)
 
 
 def saved(device: str, form: Heads, sizes: AttentionRegion) -> int:
@@ -31,48 +35,25 @@ def test_what_a_step_saves_is_near_what_was_measured_and_not_promised_too_high(r
 
 
 @pytest.mark.parametrize("device", ["h100", "h200", "b200"])
-@pytest.mark.parametrize(("batch", "keys"), [(1, 1280), (8, 1280), (32, 1280), (1, 8192), (8, 8192)])
+@every_size
 def test_shared_heads_beat_packed_ones_in_cudnn(device: str, batch: int, keys: int) -> None:
     sizes = region(batch, keys)
     assert saved(device, "shared", sizes) > max(0, saved(device, "packed", sizes))
 
 
-@pytest.mark.parametrize("kernel", ["cudnn", "efficient"])
-@pytest.mark.parametrize(("batch", "keys"), [(1, 1280), (8, 1280), (32, 1280), (1, 8192), (8, 8192)])
-def test_split_keys_beat_torchs_kernels_by_what_these_take_at_least(batch: int, keys: int, kernel: str) -> None:
-    """Both are priced as if they read all keys, since the plan doesn't know how many are valid."""
-    sizes = region(batch, keys, kernel)
-    ahead = saved("h200", "split", sizes) - max(saved("h200", form, sizes) for form in ("shared", "packed"))
-    constants = HARDWARE["h200"].attention
-    least = constants.latency.value - constants.split.value
-    assert ahead == least if kernel == "cudnn" else ahead > least
-
-
-@pytest.mark.parametrize(
-    ("batch", "keys", "us"), [(1, 1280, 6.73), (8, 1280, 13.93), (32, 1280, 35.92), (1, 8192, 14.23), (8, 8192, 67.24)]
-)
-def test_split_keys_are_priced_near_what_an_h200_took(batch: int, keys: int, us: float) -> None:
+@pytest.mark.parametrize(("size", "us"), [*zip(SIZES, (6.73, 13.93, 35.92, 14.23, 67.24), strict=True)])
+def test_split_keys_are_priced_near_what_an_h200_took(size: tuple[int, int], us: float) -> None:
     """1,000 of 1,280 keys, and 8,000 of 8,192, were valid; nothing was left in the L2 from before."""
-    (kernel,) = grouped(HARDWARE["h200"], region(batch, keys), "split")
+    (kernel,) = grouped(HARDWARE["h200"], region(*size), "split")
     assert 0.75 * us < kernel.ns / 1000 < 1.35 * us
 
 
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("batch", [1, 4])
-def test_packed_heads_win_on_a_cpu(batch: int, itemsize: int) -> None:
-    sizes = region(batch, 1024, "cpu", itemsize)
-    assert saved("cpu", "packed", sizes) > saved("cpu", "shared", sizes) > 0
-
-
-def spelled(batch: int, keys: int, queries: int = 1, itemsize: int = 2, passes: int = 1) -> AttentionRegion:
-    return AttentionRegion(
-        batch=batch, q_heads=32, heads=8, queries=queries, keys=keys, width=128, itemsize=itemsize, kernel="cpu",
-        passes=passes,
-    )  # fmt: skip
+def spelled(batch: int, keys: int, **more: int) -> AttentionRegion:
+    return region(batch, keys, "cpu", **{"passes": 1, **more})
 
 
 @pytest.mark.parametrize("device", sorted(HARDWARE.keys() - {"cpu"}))
-@pytest.mark.parametrize(("batch", "keys"), [(1, 1280), (8, 1280), (32, 1280), (1, 8192), (8, 8192)])
+@every_size
 def test_what_attention_is_spelled_out_by_costs_its_copies_and_its_scores(device: str, batch: int, keys: int) -> None:
     hardware, sizes = HARDWARE[device], spelled(batch, keys)
     names = [kernel.name for kernel in repeated(hardware, sizes)]
@@ -87,9 +68,9 @@ def test_what_attention_is_spelled_out_by_costs_its_copies_and_its_scores(device
     [
         (spelled(4, 1024, itemsize=4), ("shared", "packed"), False),
         (spelled(4, 1024), ("shared", "packed"), False),
-        (spelled(4, 1024, 4, itemsize=4), ("shared",), True),
-        (spelled(4, 1024, 4), ("shared",), False),
-        (spelled(1, 512, 512), ("shared",), False),
+        (spelled(4, 1024, queries=4, itemsize=4), ("shared",), True),
+        (spelled(4, 1024, queries=4), ("shared",), False),
+        (spelled(1, 512, queries=512), ("shared",), False),
     ],
 )
 def test_on_a_cpu_several_queries_in_float32_gain_alone(
@@ -97,8 +78,3 @@ def test_on_a_cpu_several_queries_in_float32_gain_alone(
 ) -> None:
     """As `/ 1.85` in float32 and `/ 0.69` in bfloat16 was measured of 4 queries, and 0.7 to 1.0 of one."""
     assert [saved("cpu", form, sizes) > 0 for form in forms] == [is_saved] * len(forms)
-
-
-@pytest.mark.parametrize("device", HARDWARE)
-def test_the_reference_saves_nothing(device: str) -> None:
-    assert saved(device, "repeated", region(8, 1280)) < 0

@@ -6,8 +6,8 @@ vLLM's own code is run in `tests/integrations/vllm/test_fp8.py`.
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,13 +15,17 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 import fuseplan
-from fuseplan.dialect import ops
+from fuseplan.dialect import NORM_FAMILY, ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.graph.facts import convert_element_type
-from tests.helpers import llama, post_grad, quantize_rows, quickly_traced, randn, written
-from tests.interpreted import no_code
+from fuseplan.providers import BUILT_IN_PROVIDERS
+from fuseplan.rules import Bindings
+from tests.helpers import llama, post_grad, quickly_traced, randn, written
+from tests.rules.parts import test_group_fp8 as group_fp8
+from tests.rules.planning import compiled_and_eager
 
 FP8, MOST = torch.float8_e4m3fn, 448.0
+E5M2, WIDE, WIDE_LEAST = torch.float8_e5m2, 57344.0, 1e-12
 WIDTH, GROUP = 256, 64
 LEAST = 1 / (MOST * 512.0)
 W = 1 + randn(WIDTH, seed=9) / 10
@@ -32,22 +36,50 @@ def codes(scaled: Tensor) -> Tensor:
     return scaled.clamp(-MOST, MOST).to(FP8)
 
 
-def of_rows_by_max(x: Tensor) -> tuple[Tensor, Tensor]:
-    """vLLM 0.22's `QuantFP8`."""
-    largest, _ = x.abs().max(dim=-1)
-    scale = (largest.unsqueeze(-1).to(torch.float32) / MOST).clamp(min=LEAST)
-    return codes(x.to(torch.float32) * scale.reciprocal()), scale
+def up_to_a_power(scale: Tensor) -> Tensor:
+    return torch.exp2(torch.ceil(torch.log2(scale)))
 
 
-def of_rows_by_amax(x: Tensor) -> tuple[Tensor, Tensor]:
-    """vLLM 0.32's."""
-    scale = (x.abs().amax(dim=-1).unsqueeze(-1).to(torch.float32) / MOST).clamp(min=LEAST)
-    return codes(x.to(torch.float32) * scale.reciprocal()), scale
+def largest(x: Tensor) -> Tensor:
+    return x.abs().amax(-1, keepdim=True)
 
 
-def of_rows_without_a_least(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = x.float().abs().amax(-1, keepdim=True) / MOST
-    return codes(x / scale), scale
+def first_largest(x: Tensor) -> Tensor:
+    """By `max`, as vLLM's `QuantFP8` has it."""
+    return x.abs().max(dim=-1)[0].unsqueeze(-1)
+
+
+def divided(x: Tensor, scale: Tensor) -> Tensor:
+    return codes(x.float() / scale)
+
+
+def multiplied(x: Tensor, scale: Tensor) -> Tensor:
+    return codes(x.float() * scale.reciprocal())
+
+
+def by_rows(
+    scale_of: Callable[[Tensor], Tensor], codes_of: Callable[[Tensor, Tensor], Tensor] = divided
+) -> Quantize:  # fmt: skip
+    """By a scale of rows."""
+
+    def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = scale_of(x)
+        return codes_of(x, scale), scale
+
+    return quantize
+
+
+def by_groups(
+    scale_of: Callable[[Tensor], Tensor], codes_of: Callable[[Tensor, Tensor], Tensor] = divided
+) -> Quantize:  # fmt: skip
+    """By a scale of each group."""
+
+    def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+        groups = x.view(-1, x.shape[-1] // GROUP, GROUP)
+        scale = scale_of(groups)
+        return codes_of(groups, scale).view(x.shape), scale.reshape(*x.shape[:-1], x.shape[-1] // GROUP)
+
+    return quantize
 
 
 def of_flat_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,25 +89,9 @@ def of_flat_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes(flat * (1.0 / scale)[:, None]).view(x.shape), scale.view(*x.shape[:-1], 1)
 
 
-def of_rows_without_zeros(x: Tensor) -> tuple[Tensor, Tensor]:
-    """AITER's: a row of zeros has a scale of 1."""
-    scale = x.float().abs().amax(-1, keepdim=True) / MOST
-    scale = torch.where(scale == 0, 1.0, scale)
-    return codes(x.float() / scale), scale
-
-
-def of_rows_by_a_narrow_least(x: Tensor) -> tuple[Tensor, Tensor]:
-    """A number counts as the dtype of its tensor holds it."""
-    least = torch.full((1,), 1e-4, dtype=torch.bfloat16)
-    scale = torch.maximum(x.abs().amax(-1, keepdim=True).float(), least) / MOST
-    return codes(x.float() / scale), scale
-
-
 def of_groups_by_max(x: Tensor) -> tuple[Tensor, Tensor]:
     """vLLM's `QuantFP8` by groups."""
-    groups = x.view(-1, x.shape[-1] // GROUP, GROUP)
-    scale = (groups.abs().max(dim=-1, keepdim=True)[0].float() / MOST).clamp(min=LEAST)
-    return codes(groups / scale).view(x.shape), scale.squeeze(-1).reshape(*x.shape[:-1], x.shape[-1] // GROUP)
+    return by_groups(lambda groups: (first_largest(groups).float() / MOST).clamp(min=LEAST))(x)
 
 
 def of_groups_by_columns(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,10 +102,7 @@ def of_groups_by_columns(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def of_groups_by_powers(x: Tensor) -> tuple[Tensor, Tensor]:
     """The same with `use_ue8m0`: the least scale comes last, and is no power of two."""
-    groups = x.view(-1, x.shape[-1] // GROUP, GROUP)
-    scale = torch.exp2(torch.ceil(torch.log2(groups.abs().max(dim=-1, keepdim=True)[0].float() / MOST)))
-    scale = scale.clamp(min=LEAST)
-    return codes(groups / scale).view(x.shape), scale.squeeze(-1).reshape(*x.shape[:-1], x.shape[-1] // GROUP)
+    return by_groups(lambda groups: up_to_a_power(first_largest(groups).float() / MOST).clamp(min=LEAST))(x)
 
 
 def of_rows_of_groups(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,24 +133,6 @@ def of_groups_repeated(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes(x.float() / repeated), scale
 
 
-def of_rows_in_low_precision(x: Tensor) -> tuple[Tensor, Tensor]:
-    """torchao 0.18: the largest is divided in the precision of x."""
-    scale = (x.abs().amax(-1, keepdim=True) / MOST).float()
-    return codes(x.float() / scale), scale
-
-
-def of_rows_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Divided in float32, and bounded on both sides of the rounding."""
-    scale = (x.float().abs().amax(-1, keepdim=True) / MOST).to(x.dtype).clamp(min=1e-4).float().clamp(min=LEAST)
-    return codes(x.float() / scale), scale
-
-
-def of_groups_in_low_precision(x: Tensor) -> tuple[Tensor, Tensor]:
-    groups = x.view(-1, GROUP)
-    scale = (groups.abs().amax(dim=-1).clamp(1e-4) / MOST).float()
-    return codes(groups.float() / scale.unsqueeze(-1)).view(x.shape), scale.view(*x.shape[:-1], -1)
-
-
 def of_rows_all_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     """compressed-tensors 0.20: all is in the precision of x, and 0 is no scale."""
     low, high = torch.amin(x, -1, keepdim=True), torch.amax(x, -1, keepdim=True)
@@ -145,31 +140,6 @@ def of_rows_all_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.maximum(low.abs(), high.abs()) / torch.full((), MOST, dtype=x.dtype)
     scale = torch.where(scale == 0, torch.full((), EPSILON, dtype=x.dtype), scale)
     return (x / scale).clamp(torch.full((), -MOST), torch.full((), MOST)).to(FP8), scale
-
-
-def of_groups_all_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    groups = x.unflatten(-1, (-1, GROUP))
-    scale = groups.abs().amax(-1) / MOST
-    scale = torch.where(scale == 0, EPSILON, scale)
-    return codes(groups / scale.unsqueeze(-1)).flatten(-2), scale
-
-
-def of_rows_up_to_a_number(x: Tensor) -> tuple[Tensor, Tensor]:
-    """FBGEMM's."""
-    scale = x.abs().amax(-1, keepdim=True).float().clamp(1e-4, 1.5) / MOST
-    return codes(x.float() / scale), scale
-
-
-def of_rows_up_to_a_rounded_number(x: Tensor) -> tuple[Tensor, Tensor]:
-    """torchao's, by `activation_value_lb` and `activation_value_ub`."""
-    scale = (x.abs().amax(-1, keepdim=True).clamp(1e-4, 1.3) / MOST).float()
-    return codes(x.float() / scale), scale
-
-
-def of_groups_up_to_a_number(x: Tensor) -> tuple[Tensor, Tensor]:
-    groups = x.view(-1, GROUP)
-    scale = (groups.abs().amax(dim=-1).float() / MOST).clamp(max=torch.full((1,), 0.003)).clamp(min=LEAST)
-    return codes(groups / scale.unsqueeze(-1)).view(x.shape), scale.view(*x.shape[:-1], -1)
 
 
 EPSILON = 0.0078125
@@ -181,43 +151,100 @@ TWICE_ROUNDED = float((torch.tensor(1e-4).bfloat16() / MOST).float())
 UPPER = float(torch.tensor(1.5) / MOST)
 ROUNDED_UPPER = float(torch.tensor(1.3).bfloat16() / MOST)
 ROWS, GROUPS = ops.dynamic_per_token_scaled_fp8_quant, ops.per_token_group_fp8_quant
-SPELLINGS: dict[Quantize, tuple[Any, ...]] = {
-    of_rows_by_max: (FP8, LEAST, 0.0, 0.0, None, MULTIPLY),
-    of_rows_by_amax: (FP8, LEAST, 0.0, 0.0, None, MULTIPLY),
-    of_rows_without_a_least: (FP8, 0.0, 0.0, 0.0, None, DIVIDE),
-    of_rows_without_zeros: (FP8, 0.0, 0.0, 1.0, None, DIVIDE),
-    of_flat_rows: (FP8, ROUNDED_TENTH, 0.0, 0.0, None, MULTIPLY),
-    of_rows_by_a_narrow_least: (FP8, ROUNDED_TENTH, 0.0, 0.0, None, DIVIDE),
-    of_rows_in_low_precision: (FP8, 0.0, 0.0, 0.0, None, BY_ROUNDED),
-    of_rows_rounded: (FP8, float(torch.tensor(1e-4).bfloat16()), 0.0, 0.0, None, BY_ROUNDED),
-    of_groups_in_low_precision: (GROUP, FP8, TWICE_ROUNDED, 0.0, False, 0.0, 0.0, None, BY_ROUNDED, "rows"),
-    of_groups_by_max: (GROUP, FP8, LEAST, 0.0, False, 0.0, 0.0, None, DIVIDE, "rows"),
-    of_groups_by_columns: (GROUP, FP8, LEAST, 0.0, False, 0.0, 0.0, None, DIVIDE, "columns"),
-    of_groups_by_powers: (GROUP, FP8, 0.0, 0.0, True, LEAST, 0.0, None, DIVIDE, "rows"),
-    of_rows_of_groups: (GROUP, FP8, ROUNDED, 0.0, False, 0.0, 0.0, None, DIVIDE, "rows"),
-    of_groups_unclamped: (GROUP, FP8, TENTH, 0.0, False, 0.0, 0.0, None, MULTIPLY, "rows"),
-    of_groups_in_float32: (GROUP, FP8, TENTH, 0.0, False, 0.0, 0.0, None, DIVIDE, "rows"),
-    of_rows_up_to_a_number: (FP8, TENTH, UPPER, 0.0, None, DIVIDE),
-    of_rows_up_to_a_rounded_number: (FP8, TWICE_ROUNDED, ROUNDED_UPPER, 0.0, None, BY_ROUNDED),
-    of_groups_up_to_a_number: (GROUP, FP8, LEAST, 0.003, False, 0.0, 0.0, None, DIVIDE, "rows"),
-    of_rows_all_rounded: (FP8, 0.0, 0.0, EPSILON, None, ROUNDS),
-    of_groups_all_rounded: (GROUP, FP8, 0.0, 0.0, False, 0.0, EPSILON, None, ROUNDS, "rows"),
-    of_groups_repeated: (GROUP, FP8, 0.0, 0.0, False, 0.0, 0.0, None, DIVIDE, "rows"),
+OF_ROWS: dict[str, tuple[Quantize, tuple[Any, ...]]] = {
+    "by max, as vLLM's": (
+        by_rows(lambda x: (first_largest(x).float() / MOST).clamp(min=LEAST), multiplied),
+        (LEAST, 0.0, 0.0, None, MULTIPLY),
+    ),
+    "without zeros, as AITER's": (
+        by_rows(lambda x: torch.where((scale := largest(x.float()) / MOST) == 0, 1.0, scale)),
+        (0.0, 0.0, 1.0, None, DIVIDE),
+    ),
+    "flat": (of_flat_rows, (ROUNDED_TENTH, 0.0, 0.0, None, MULTIPLY)),
+    "by a least in its tensor's dtype": (
+        by_rows(lambda x: torch.maximum(largest(x).float(), torch.full((1,), 1e-4, dtype=torch.bfloat16)) / MOST),
+        (ROUNDED_TENTH, 0.0, 0.0, None, DIVIDE),
+    ),
+    "in low precision, as torchao's": (
+        by_rows(lambda x: (largest(x) / MOST).float()), (0.0, 0.0, 0.0, None, BY_ROUNDED)
+    ),
+    "bounded on both sides of the rounding": (
+        by_rows(lambda x: (largest(x.float()) / MOST).to(x.dtype).clamp(min=1e-4).float().clamp(min=LEAST)),
+        (float(torch.tensor(1e-4).bfloat16()), 0.0, 0.0, None, BY_ROUNDED),
+    ),
+    "up to a number, as FBGEMM's": (
+        by_rows(lambda x: largest(x).float().clamp(1e-4, 1.5) / MOST), (TENTH, UPPER, 0.0, None, DIVIDE)
+    ),
+    "up to a rounded number, as torchao's": (
+        by_rows(lambda x: (largest(x).clamp(1e-4, 1.3) / MOST).float()),
+        (TWICE_ROUNDED, ROUNDED_UPPER, 0.0, None, BY_ROUNDED),
+    ),
+    "all rounded, as compressed-tensors'": (of_rows_all_rounded, (0.0, 0.0, EPSILON, None, ROUNDS)),
+    "in e5m2": (
+        by_rows(lambda x: (largest(x).float() / WIDE).clamp(min=WIDE_LEAST), lambda x, scale: (x / scale).to(E5M2)),
+        (WIDE_LEAST, 0.0, 0.0, None, DIVIDE),
+    ),
+}  # fmt: skip
+OF_GROUPS: dict[str, tuple[Quantize, tuple[Any, ...]]] = {
+    "in low precision": (
+        by_groups(lambda groups: (largest(groups).clamp(1e-4) / MOST).float()),
+        (TWICE_ROUNDED, 0.0, False, 0.0, 0.0, None, BY_ROUNDED, "rows"),
+    ),
+    "by max": (of_groups_by_max, (LEAST, 0.0, False, 0.0, 0.0, None, DIVIDE, "rows")),
+    "by columns": (of_groups_by_columns, (LEAST, 0.0, False, 0.0, 0.0, None, DIVIDE, "columns")),
+    "by powers": (of_groups_by_powers, (0.0, 0.0, True, LEAST, 0.0, None, DIVIDE, "rows")),
+    "as rows": (of_rows_of_groups, (ROUNDED, 0.0, False, 0.0, 0.0, None, DIVIDE, "rows")),
+    "unclamped": (of_groups_unclamped, (TENTH, 0.0, False, 0.0, 0.0, None, MULTIPLY, "rows")),
+    "in float32": (of_groups_in_float32, (TENTH, 0.0, False, 0.0, 0.0, None, DIVIDE, "rows")),
+    "up to a number": (
+        by_groups(lambda groups: (largest(groups).float() / MOST).clamp(max=torch.full((1,), 0.003)).clamp(min=LEAST)),
+        (LEAST, 0.003, False, 0.0, 0.0, None, DIVIDE, "rows"),
+    ),
+    "all rounded": (
+        by_groups(
+            lambda groups: torch.where((scale := largest(groups) / MOST) == 0, EPSILON, scale),
+            lambda groups, scale: codes(groups / scale),
+        ),
+        (0.0, 0.0, False, 0.0, EPSILON, None, ROUNDS, "rows"),
+    ),
+    "repeated": (of_groups_repeated, (0.0, 0.0, False, 0.0, 0.0, None, DIVIDE, "rows")),
+    "in e5m2": (
+        by_groups(
+            lambda groups: (largest(groups.float()) / WIDE).clamp(min=WIDE_LEAST),
+            lambda groups, scale: (groups.float() / scale).clamp(-WIDE, WIDE).to(E5M2),
+        ),
+        (WIDE_LEAST, 0.0, False, 0.0, 0.0, None, DIVIDE, "rows"),
+    ),
+    **{
+        f"by a scale {name}": (partial(group_fp8.quantize_groups, scale_of=scale_of), (*bounds, DIVIDE, "rows"))
+        for name, (scale_of, *bounds) in group_fp8.SCALES.items()
+    },
+}  # fmt: skip
+
+
+class Spelling(NamedTuple):
+    """How rows are quantised, by what op, and its arguments."""
+
+    quantize: Quantize
+    op: Any
+    arguments: tuple[Any, ...]
+
+
+def code_of(name: str) -> torch.dtype:
+    return E5M2 if name == "in e5m2" else FP8
+
+
+SPELLINGS = {
+    **{f"rows {name}": Spelling(each, ROWS, (code_of(name), *rest)) for name, (each, rest) in OF_ROWS.items()},
+    **{
+        f"groups {name}": Spelling(each, GROUPS, (GROUP, code_of(name), *rest))
+        for name, (each, rest) in OF_GROUPS.items()
+    },
 }
-
-
-CODED = (of_rows_by_max, of_rows_up_to_a_number, of_groups_by_max, of_groups_in_float32)
+CODED = ("rows by max, as vLLM's", "rows up to a number, as FBGEMM's", "groups by max", "groups in float32")
 """What code is made of; graphs of others are interpreted."""
-
-
 TRACERS = (post_grad, quickly_traced)
-
-
-def name(function: Any) -> str | None:
-    return getattr(function, "__name__", None)
-
-
-every_spelling = pytest.mark.parametrize("quantize", SPELLINGS, ids=name)
+every_spelling = pytest.mark.parametrize("name", SPELLINGS)
 
 
 def behind_a_norm(quantize: Quantize) -> Quantize:
@@ -226,7 +253,8 @@ def behind_a_norm(quantize: Quantize) -> Quantize:
 
 def bits(value: Tensor) -> Tensor:
     """NaN being one NaN."""
-    return value.float().nan_to_num(nan=torch.inf).add(0.0) if value.dtype is FP8 else value.nan_to_num(nan=-1.0)
+    is_code = value.dtype.itemsize == 1
+    return value.float().nan_to_num(nan=torch.inf).add(0.0) if is_code else value.nan_to_num(nan=-1.0)
 
 
 def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -242,37 +270,35 @@ def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
     return {kind: value.to(dtype) for kind, value in {**found, "edges": edges}.items()}
 
 
+@pytest.mark.parametrize(("rows", "dynamic"), [(5, True), (5, False), (1, False)])
 @every_spelling
-@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.nightly), True])
-def test_a_spelling_is_an_op(quantize: Quantize, dynamic: bool) -> None:
-    check_spelling(quantize, post_grad(behind_a_norm(quantize), randn(5, WIDTH), dynamic=dynamic))
-
-
-def check_spelling(quantize: Quantize, traced: fx.Graph) -> None:
-    graph = canonicalize(traced)
-    op = ROWS if "rows" in quantize.__name__ and quantize is not of_rows_of_groups else GROUPS
+def test_a_spelling_is_an_op(name: str, rows: int, dynamic: bool) -> None:
+    quantize, op, arguments = SPELLINGS[name]
+    if rows == 1 and quantize is of_groups_by_columns:
+        return  # one row lies in columns, too
+    graph = canonicalize(quickly_traced(behind_a_norm(quantize), randn(rows, WIDTH), dynamic=dynamic))
     assert graph.recognized() == {f"{op.name}[{WIDTH}]": 1, f"rms_norm[{WIDTH}]": 1}
     (node,) = graph.calls(op.overload)
-    assert node.args[1:] == SPELLINGS[quantize]
+    assert node.args[1:] == arguments
     assert node.args[0].target is ops.rms_norm.overload
     graph.graph.lint()
 
 
-@pytest.mark.parametrize("quantize", CODED, ids=name)
-def test_graphs_traced_quickly_are_those_of_dynamo(quantize: Quantize) -> None:
+@pytest.mark.parametrize("name", CODED)
+def test_graphs_traced_quickly_are_those_of_dynamo(name: str) -> None:
     """And stand for them here."""
-    given = behind_a_norm(quantize), randn(5, WIDTH)
+    given = behind_a_norm(SPELLINGS[name].quantize), randn(5, WIDTH)
     targets = [[node.target for node in trace(*given).nodes if node.op == "call_function"] for trace in TRACERS]
     assert targets[0] == targets[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @every_spelling
-def test_it_computes_what_the_graph_does(quantize: Quantize, dtype: torch.dtype) -> None:
-    x = randn(6, WIDTH).to(dtype)
-    graph = quickly_traced(quantize, x)
+def test_it_computes_what_the_graph_does(name: str, dtype: torch.dtype) -> None:
+    quantize, _, arguments = SPELLINGS[name]
+    graph = quickly_traced(quantize, randn(6, WIDTH).to(dtype))
     raised = canonicalize(graph)
-    is_refused = quantize is of_groups_by_powers and dtype is torch.float32
+    is_refused = dtype is torch.float32 and any(each is True for each in arguments)  # powers of two
     assert len(raised.dialect_nodes) == (not is_refused)
     ours, theirs = fx.GraphModule({}, raised.graph), fx.GraphModule({}, graph)
     for kind, value in inputs(dtype).items():
@@ -281,73 +307,23 @@ def test_it_computes_what_the_graph_does(quantize: Quantize, dtype: torch.dtype)
             assert torch.equal(bits(got), bits(wanted)), kind
 
 
-@every_spelling
-def test_sizes_may_be_constants(quantize: Quantize) -> None:
-    for rows in (5, 1):
-        if rows > 1 or quantize is not of_groups_by_columns:  # one row lies in columns, too
-            check_spelling(quantize, quickly_traced(behind_a_norm(quantize), randn(rows, WIDTH)))
-
-
 @pytest.mark.sampled
 @pytest.mark.parametrize(
     ("shape", "dynamic"), [((2, 3, WIDTH), (0, 1)), pytest.param((1, WIDTH), (), marks=pytest.mark.nightly)]
 )
-@pytest.mark.parametrize("quantize", [each for each in SPELLINGS if each is not of_groups_by_columns], ids=name)
-def test_batches_of_any_shape_are_fused(quantize: Quantize, shape: tuple[int, ...], dynamic: tuple[int, ...]) -> None:
-    reports: list[fuseplan.Report] = []
-    torch._dynamo.reset()
-    x = randn(*shape)
+@every_spelling
+def test_batches_of_any_shape_are_fused(name: str, shape: tuple[int, ...], dynamic: tuple[int, ...]) -> None:
+    x, coded = randn(*shape), bool(dynamic) and name in CODED
     torch._dynamo.mark_dynamic(x, dynamic)
-    with torch.inference_mode(), nullcontext() if dynamic and quantize in CODED else no_code():
-        compiled: Any = fuseplan.compile(
-            behind_a_norm(quantize), config=fuseplan.PassConfig(policy="ordered(norm_quant)"), on_report=reports.append
-        )
-        pairs = list(zip(compiled(x), behind_a_norm(quantize)(x), strict=True))
-    assert reports[0].fused["norm_quant"] == 1
+    function = behind_a_norm(SPELLINGS[name].quantize)
+    report, pairs = compiled_and_eager(function, x, policy="ordered(norm_quant)", coded=coded)
+    assert report.fused["norm_quant"] == 1
     for got, wanted in pairs:
         assert torch.equal(bits(got), bits(wanted))
-
-
-@pytest.mark.parametrize("shape", [pytest.param((5, WIDTH), marks=pytest.mark.nightly), (2, 3, WIDTH)])
-def test_scales_that_lie_column_after_column_still_do(shape: tuple[int, ...]) -> None:
-    torch._dynamo.reset()
-    with torch.inference_mode():
-        compiled: Any = fuseplan.compile(behind_a_norm(of_groups_by_columns))
-        assert compiled(randn(*shape))[1].stride() == of_groups_by_columns(randn(*shape))[1].stride()
+        assert got.stride() == wanted.stride()
 
 
 JUST_ABOVE = 2.0**-20 * (1 + 2.0**-23)
-
-
-def by_rows(
-    scale_of: Callable[[Tensor], Tensor], codes_of: Callable[[Tensor, Tensor], Tensor] | None = None
-) -> Quantize:
-    """By a scale of rows; without more said, x is divided by it in float32."""
-
-    def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-        scale = scale_of(x)
-        return codes_of(x, scale) if codes_of is not None else codes(x.float() / scale), scale
-
-    return quantize
-
-
-def by_groups(scale_of: Callable[[Tensor], Tensor]) -> Quantize:
-    """By a scale of each group, of its magnitudes."""
-
-    def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-        groups = x.view(-1, WIDTH // GROUP, GROUP)
-        scale = scale_of(groups.abs().amax(-1, keepdim=True).float() / MOST)
-        return codes(groups / scale).view(x.shape), scale
-
-    return quantize
-
-
-def largest(x: Tensor) -> Tensor:
-    return x.abs().amax(-1, keepdim=True)
-
-
-def up_to_a_power(scale: Tensor) -> Tensor:
-    return torch.exp2(torch.ceil(torch.log2(scale)))
 
 
 def by_the_most(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -383,15 +359,12 @@ LOW = "the scale is computed in bfloat16, and the op computes it in float32"
 NEAR_MISSES: dict[str, tuple[Callable[[Tensor], tuple[Tensor, ...]], str]] = {
     "by the most": (by_the_most, "x is multiplied by 448 / amax, which rounds otherwise than by 1 / (amax / 448)"),
     "by bits": (
-        by_groups(lambda scale: rounded_by_bits(scale.clamp(1e-4 / MOST))),
+        by_groups(lambda groups: rounded_by_bits((largest(groups).float() / MOST).clamp(1e-4 / MOST))),
         "the scale is rounded by its bits, which makes an infinite one finite",
     ),
     "powers in low precision": (by_rows(lambda x: up_to_a_power((largest(x) / MOST).float())), LOW),
     "multiplied in low precision": (
-        by_rows(lambda x: (largest(x) / MOST).float(), lambda x, scale: codes(x.float() * scale.reciprocal())), LOW,
-    ),
-    "unclamped in low precision": (
-        by_rows(lambda x: (largest(x) / MOST).float().clamp(min=LEAST), unclamped), UNCLAMPED,
+        by_rows(lambda x: (largest(x) / MOST).float(), multiplied), LOW,
     ),
     "a narrow scale": (by_rows(lambda x: largest(x) / MOST), "the scale is bfloat16, and the op takes float32"),
     "a bound a row": (
@@ -405,9 +378,9 @@ NEAR_MISSES: dict[str, tuple[Callable[[Tensor], tuple[Tensor, ...]], str]] = {
         "the scale has a least bound above its upper one",
     ),
     "a power with a bound": (
-        by_groups(lambda scale: up_to_a_power(scale).clamp(max=2.0)), "the power of two has an upper bound"
+        by_groups(lambda groups: up_to_a_power(largest(groups).float() / MOST).clamp(max=2.0)),
+        "the power of two has an upper bound"
     ),
-    "a bound, unclamped": (by_rows(lambda x: largest(x).float().clamp(1e-4, 6.0) / MOST, unclamped), UNCLAMPED),
     "chosen": (
         by_rows(lambda x: torch.where((scale := largest(x).float() / MOST) < 1e-6, 1.0, scale)),
         "the scale is computed by aten.where.self",
@@ -423,7 +396,7 @@ NEAR_MISSES: dict[str, tuple[Callable[[Tensor], tuple[Tensor, ...]], str]] = {
         by_rows(lambda x: (largest(x).float() / MOST).clamp(min=math.nan)), "the scale is computed by aten.clamp"
     ),
     "powers from just above one": (
-        by_groups(lambda scale: up_to_a_power(scale.clamp(min=JUST_ABOVE))),
+        by_groups(lambda groups: up_to_a_power((largest(groups).float() / MOST).clamp(min=JUST_ABOVE))),
         "log2 rounds the smallest scale, 9.53674e-07, down to a power of two",
     ),
     "a dimension of the scale": (
@@ -457,7 +430,7 @@ def test_powers_of_two_of_float32_rows_are_left_alone() -> None:
     assert "log2 rounds a scale just above a power of two down to it" in refusal.detail
     x = torch.full((1, WIDTH), torch.nextafter(torch.tensor(MOST * 1024), torch.tensor(torch.inf)).item())
     _, scale = of_groups_by_powers(x)
-    _, exact = GROUPS.reference(x, *SPELLINGS[of_groups_by_powers])
+    _, exact = GROUPS.reference(x, *SPELLINGS["groups by powers"].arguments)
     assert (scale.max().item(), exact.min().item()) == (1024.0, 2048.0)
 
 
@@ -532,9 +505,90 @@ def test_a_given_scale_on_another_device_is_left_alone() -> None:
     assert "the scale is on cpu, and the tensor it scales on meta" in refusal.detail
 
 
-def test_groups_of_heads_are_groups() -> None:
-    """Rows are what is viewed as groups, and the earliest view of them."""
-    graph = canonicalize(post_grad(lambda x: of_groups_by_max(x.view(2, 3, WIDTH)), randn(6, WIDTH)))
-    (node,) = graph.calls(GROUPS.overload)
-    assert node.args[0].op == "placeholder"
-    assert quantize_rows(randn(2, WIDTH))[1].shape == (2, 1)
+# Quantisations that differ from an op's in one thing, on which their numbers depend: each is left as it is, or its op
+# computes the same.
+
+
+def up_to(bound: Callable[..., Tensor], *, powers: bool = False) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Rows, or groups by powers of two, whose largest element is bounded so."""
+
+    def quantize(x: Tensor, *bounds: Tensor) -> tuple[Tensor, Tensor]:
+        groups = x.view(-1, WIDTH // GROUP, GROUP) if powers else x
+        scale = bound(largest(groups).float(), *bounds) / MOST
+        scale = up_to_a_power(scale) if powers else scale
+        return codes(groups.float() / scale).view(x.shape), scale
+
+    return quantize
+
+
+def microscaled(
+    spread: Callable[[Tensor], Tensor] = lambda scale: scale, alpha: int = 1
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+        groups = x.reshape(-1, x.shape[-1] // 32, 32)
+        most = largest(groups).float()
+        power = torch.sub((torch.bitwise_right_shift(most.view(torch.int32), 23) & 255) - 127, 8, alpha=alpha)
+        exponent = torch.where(most.isnan(), 255, (power.clamp(-127, 128) + 127).to(torch.uint8))
+        scale = torch.bitwise_left_shift(exponent.to(torch.int32), 23).view(torch.float32)
+        scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+        return (groups.float() / spread(scale)).to(FP8), exponent.squeeze(-1)
+
+    return quantize
+
+
+def every_second(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales lie in every second column of zeros."""
+    q, scale = of_groups_unclamped(x)
+    rows, count = scale.shape
+    laid_out = torch.zeros((2 * count, rows)).t()
+    laid_out[:, ::2] = scale
+    return q, laid_out[:, :count]
+
+
+ABOVE_A_POWER = torch.nextafter(torch.tensor(MOST * 2**-9), torch.tensor(math.inf)).item()
+"""Whose quotient by 448 log2 takes for a power of two."""
+UNEVEN = randn(6, 1024) * torch.exp2(torch.linspace(-6, 6, 6 * 1024).round().roll(999).view(6, 1024)).bfloat16()
+CLOSE: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], tuple[Tensor, ...]]] = {
+    "two tensors as bounds": (
+        up_to(lambda most, first, second: torch.minimum(torch.minimum(most, first), second)),
+        (randn(6, WIDTH), torch.tensor([0.5]), torch.tensor([2.0])),
+    ),
+    "a tensor below 0 as bound": (up_to(torch.minimum), (randn(6, WIDTH), torch.tensor([-1.0]))),
+    "a bound of 0": (up_to(lambda most: most.clamp(max=0.0)), (randn(6, WIDTH),)),
+    "a bound whose quotient is 0": (up_to(lambda most: most.clamp(max=1e-43)), (randn(6, WIDTH),)),
+    "powers up to a number": (up_to(lambda most: most.clamp(max=ABOVE_A_POWER), powers=True), (randn(6, WIDTH),)),
+    "powers up to a tensor": (
+        up_to(torch.minimum, powers=True), (randn(6, WIDTH), torch.tensor([ABOVE_A_POWER])),
+    ),
+    "scales of another axis": (
+        microscaled(lambda scale: scale.view(scale.shape[0], 1, scale.shape[1])), (UNEVEN,)
+    ),
+    "scales with a dimension more": (microscaled(lambda scale: scale.view(3, 1, 8, 1)), (randn(3, 256),)),
+    "exponents less 2 * 8": (microscaled(alpha=2), (randn(6, WIDTH),)),
+    "every second column": (every_second, (randn(4, WIDTH),)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CLOSE)
+def test_codes_and_scales_that_are_close_stay(case: str) -> None:
+    function, given = CLOSE[case]
+    graph = quickly_traced(function, *given)
+    ours, theirs = (fx.GraphModule({}, each) for each in (canonicalize(graph).graph, graph))
+    for got, wanted in zip(ours(*given), theirs(*given), strict=True):
+        assert torch.equal(bits(got.float()), bits(wanted.float()))
+
+
+def test_kernels_that_have_the_largest_of_e4m3_built_in_refuse_e5m2() -> None:
+    """Each provider that serves the op but ours."""
+    op = NORM_FAMILY[True, True, "static_fp8_quant"]
+    x, weight = torch.empty(4, 4096, dtype=torch.bfloat16), torch.empty(4096, dtype=torch.bfloat16)
+    values = {"x": x, "residual": x, "weight": weight, "eps": 1e-5, "rounding": "gpt_oss", "scale": torch.ones(1),
+              "quant_rounding": "multiply", "group_name": "0", "dtype": E5M2}  # fmt: skip
+    offers = {
+        each.name: each.offers().get(op.name) for each in BUILT_IN_PROVIDERS if each.name not in ("triton", "torch")
+    }
+    refused = {name: offer.accepts(Bindings("r", values)) for name, offer in offers.items() if offer is not None}
+    assert refused
+    for name, refusal in refused.items():
+        assert refusal is not None, name
+        assert "float8_e5m2" in refusal.detail, name

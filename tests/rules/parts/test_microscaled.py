@@ -11,19 +11,13 @@ import torch
 from torch import Tensor, fx
 
 import fuseplan
-from fuseplan.devices import device_profile
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.graph.ops import lay_out
 from fuseplan.providers import provider_of
-from fuseplan.rules.families import BUILT_IN_RULES, ComposedRule
 from fuseplan.rules.parts.fp4 import e2m1 as codes_of
-from fuseplan.rules.parts.group_fp8 import GroupFp8
-from fuseplan.rules.parts.mx_fp4 import MxFp4
-from fuseplan.rules.parts.mx_fp8 import MxFp8
-from fuseplan.rules.parts.nv_fp4 import NvFp4
 from tests.helpers import llama, quickly_traced, randn
-from tests.planner.test_rotary import Counted
+from tests.rules.parts import test_fp8_spellings as fp8_spellings
 from tests.rules.parts import test_group_fp8 as group_fp8
 from tests.rules.parts.microscaling import (
     CONFIG,
@@ -146,15 +140,6 @@ def test_every_float_has_the_code_of_its_nearest_number() -> None:
     assert torch.equal(codes >= 8, x.signbit())
 
 
-@pytest.mark.parametrize("scaling", SCALINGS)
-def test_rows_that_are_apart_in_memory_are_quantised_alike(scaling: str) -> None:
-    x = randn(6, 2 * WIDTH)[:, ::2]
-    apart, together = (MX_FP4.reference(each, GROUP, scaling, "rows") for each in (x, x.contiguous()))
-    for got, wanted in zip(apart, together, strict=True):
-        assert torch.equal(got, wanted)
-        assert got.is_contiguous()
-
-
 @pytest.mark.parametrize("scaling", ["floor", "rceil"])
 def test_what_is_clamped_is_the_same_op(scaling: str) -> None:
     raised = canonicalize(quickly_traced(partial(mx_fp8, scaling=scaling, clamped=True), randn(6, WIDTH)))
@@ -214,21 +199,6 @@ def test_other_tiles_are_left_to_a_copy(layout: str, format_name: str) -> None:
     check_equal(raised.graph, function, given)
 
 
-def test_exponents_that_are_read_as_numbers_too_stay_in_rows() -> None:
-    """In tiles they would be computed again for those who read them."""
-    given = randn(5, 8 * GROUP)
-    graph = quickly_traced(laid_out(to_blocked, partial(mx_fp8, scaling="floor")), given)
-    views = graph.find_nodes(op="call_function", target=aten.view.dtype)
-    (exponent,) = (node.args[0] for node in views if node.args[1] is torch.float8_e8m0fnu)
-    values: Any = graph.output_node().args[0]
-    graph.output_node().args = ((*values, exponent),)
-    raised = canonicalize(graph)
-    (node,) = raised.calls(MX_FP8.overload)
-    assert node.args[-1] == "rows"
-    assert not raised.calls(aten.amax.default)
-    check_equal(raised.graph, runnable(graph), given)
-
-
 def mx_tiles(x: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
     return laid_out(lambda exponent: to_blocked(exponent.flatten(0, -2)), partial(mx_fp8, code=E5M2, scaling=scaling))(
         x
@@ -246,9 +216,16 @@ def groups_of_all_kinds(x: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
     return group_fp8.quantize_groups(x, scale_of, multiplies=scaling == "rceil")
 
 
+def e5m2_of_all_kinds(x: Tensor, scaling: str) -> tuple[Tensor, ...]:
+    """By one scale, of rows and of groups."""
+    if scaling == "rceil":
+        return ((x.float() * WHOLE.reciprocal()).clamp(-57344.0, 57344.0).to(E5M2),)
+    return fp8_spellings.SPELLINGS["groups in e5m2" if scaling == "ceil" else "rows in e5m2"].quantize(x)
+
+
 KINDS = {
     "mx_fp4": cores(mx_fp4), "mx_fp8": cores(mx_fp8), "mx_fp8 in tiles": cores(mx_tiles),
-    "nv_fp4": cores(nv_of_all_kinds), "group_fp8": cores(groups_of_all_kinds),
+    "nv_fp4": cores(nv_of_all_kinds), "group_fp8": cores(groups_of_all_kinds), "e5m2": cores(e5m2_of_all_kinds),
 }  # fmt: skip
 
 
@@ -259,26 +236,6 @@ def test_it_is_composed_with_every_core(kind: str, core: str, shape: tuple[int, 
     check_fused(KINDS[kind][core], (randn(*shape), randn(*shape, seed=1)), one_rank, RULES[core])
 
 
-@pytest.mark.parametrize("name", [name for name in SPELLINGS if "e5m2" not in name])
-def test_what_two_layers_quantise_each_leaves_nothing_behind(name: str) -> None:
-    op, quantise, _, more = SPELLINGS[name]
-
-    def numbers(scales: Tensor) -> Tensor:
-        return scales.float() if op is NV_FP4 else scales.view(torch.uint8)
-
-    def both(x: Tensor, *more: Tensor) -> list[Tensor]:
-        y = llama(x, None, W)[0]
-        found = [quantise(y, *more) for _ in range(2)]
-        return [codes.float() @ torch.ones(codes.shape[-1], 2) * numbers(scales).sum() for codes, scales in found]
-
-    graph = quickly_traced(both, randn(5, WIDTH), *more)
-    reports: list[fuseplan.Report] = []
-    config = fuseplan.PassConfig(verify="off", policy="ordered(norm_quant)")
-    fuseplan.PostGradPassManager(config, device=device_profile("b200"), on_report=reports.append)(graph)
-    assert reports[0].fused["norm_quant"] == 1
-    assert not [node for node in graph.nodes if node.op == "call_function" and not node.users]
-
-
 @every_format
 @pytest.mark.parametrize("on", [True, False])
 def test_a_plan_for_b200_takes_it_unless_it_is_off(format_name: str, on: bool) -> None:
@@ -286,13 +243,6 @@ def test_a_plan_for_b200_takes_it_unless_it_is_off(format_name: str, on: bool) -
     report = fuseplan.explain(function, randn(64, WIDTH), device="b200", config=config)
     assert {rule for rule, count in report.fused.items() if count} == ({"norm_quant"} if on else set())
     assert (report.saved_us > 0) is on
-
-
-@pytest.mark.parametrize(("op", "packs"), [(MX_FP4, (0,)), (MX_FP8, ()), (NV_FP4, (0,))], ids=FIRST)
-def test_it_comes_with_every_member_of_its_families(op: Any, packs: tuple[int, ...]) -> None:
-    composed = [rule for rule in BUILT_IN_RULES if isinstance(rule, ComposedRule)]
-    members = [rule for rule in composed if rule.op.name.endswith(op.name.removeprefix("per_token"))]
-    assert [rule.op.packed for rule in members] == [packs] * 5
 
 
 # Near misses.
@@ -311,13 +261,6 @@ def of_halves(codes: Tensor) -> Tensor:
     return (flat[:count] | flat[count:] << 4).view(*codes.shape[:-1], codes.shape[-1] // 2)
 
 
-def truncated(x: Tensor) -> Tensor:
-    """Without the rounding to the nearest."""
-    bits = x.view(torch.int32)
-    size = bits & 0x7FFFFFFF
-    return (((size - (126 << 23)) >> 22).clamp(0, 7) | ((bits >> 28) & 8)).to(torch.uint8)
-
-
 def of_signed(x: Tensor) -> tuple[Tensor, Tensor]:
     groups = x.reshape(-1, WIDTH // GROUP, GROUP)
     largest = groups.amax(-1).unsqueeze(-1).float()
@@ -325,6 +268,13 @@ def of_signed(x: Tensor) -> tuple[Tensor, Tensor]:
     exponent = torch.where(largest.isnan(), 255, ((power - 8).clamp(-127, 128) + 127).to(torch.uint8))
     scale = torch.bitwise_left_shift(exponent.to(torch.int32), 23).view(torch.float32)
     return (groups.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)).to(FP8).reshape(x.shape), exponent
+
+
+def truncated(x: Tensor) -> Tensor:
+    """Without the rounding to the nearest."""
+    bits = x.view(torch.int32)
+    size = bits & 0x7FFFFFFF
+    return (((size - (126 << 23)) >> 22).clamp(0, 7) | ((bits >> 28) & 8)).to(torch.uint8)
 
 
 def exponents_alone(x: Tensor, largest: float) -> tuple[Tensor, Tensor]:
@@ -362,11 +312,11 @@ NEAR_MISSES: dict[str, tuple[Quantise, str]] = {
     "mx_fp4: a group a row": (partial(mx_fp4, scaling="floor", size=WIDTH), ONE_GROUP),
     "mx_fp4: the order in a byte": (partial(mx_fp4, scaling="floor", pack=swapped_in_bytes), SIX),
     "mx_fp4: halves of a tensor": (partial(mx_fp4, scaling="ceil", pack=of_halves), SIX),
+    "mx_fp8: signed": (of_signed, "the scale is neither one number nor computed from the largest value it scales"),
     "mx_fp4: truncated": (partial(mx_fp4, scaling="ceil", convert=truncated), SIX),
     "mx_fp4: rounded as if to fp8": (partial(mx_fp4, scaling="even", half=1 << 19), DIGIT),
     "mx_fp4: divided by 6, truncated": (partial(mx_fp4, scaling="rceil", convert=truncated), E2M1),
     "mx_fp4: e3m2": (partial(mx_fp4, scaling="floor", top=4), "the codes are MXFP6 (e3m2)"),
-    "mx_fp8: signed": (of_signed, "the scale is neither one number nor computed from the largest value it scales"),
     "mx_fp8: a group a row": (partial(mx_fp8, scaling="floor", size=WIDTH), ONE_GROUP),
     "mx_fp8: another exponent": (partial(mx_fp8, scaling="floor", top=7), "the scale"),
     "mx_fp8: e5m2 unclamped": (partial(mx_fp8, scaling="floor", code=E5M2, clamped=False), UNCLAMPED),
@@ -402,19 +352,6 @@ def test_what_it_does_not_compute_is_named(case: str) -> None:
     details = [refusal.detail for each in report.graphs for refusal in each.refusals]
     assert any(says in detail for detail in details), details
     assert not case.startswith("nv_fp4") or not any("fp8 quantisation" in detail for detail in details), details
-
-
-@pytest.mark.parametrize(
-    ("op", "part"),
-    [(MX_FP4, MxFp4), (MX_FP8, MxFp8), (NV_FP4, NvFp4), (ops.per_token_group_fp8_quant, GroupFp8)],
-    ids=[*FIRST, "group_fp8"],
-)
-def test_a_reference_launches_no_more_kernels_than_it_is_priced_at(op: Any, part: Any) -> None:
-    for sample in op.samples:
-        arguments = sample.make(torch.device("cpu"), torch.Generator().manual_seed(0))
-        with Counted() as counted:
-            op.reference(*arguments)
-        assert 0 < counted.count <= part.eager_kernels
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Scales of groups column by column, padded and packed, as DeepGEMM's helpers in plain torch leave them."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
 from fuseplan.graph.ops import ScaleLayout, in_rows, lay_out
 from tests.helpers import llama, post_grad, quickly_traced, randn
-from tests.interpreted import no_code
+from tests.rules.planning import compiled_and_eager
 
 aten = torch.ops.aten
 FP8, GROUP, WIDTH = torch.float8_e4m3fn, 64, 320
@@ -100,16 +99,13 @@ def test_it_is_fused_with_the_norm(layout: Layout, shape: tuple[int, ...]) -> No
 
 def check_fused(function: Callable[[Tensor], Any], shape: tuple[int, ...]) -> fuseplan.Report:
     """Results of rows of a shape are the same, bit for bit and in their layout."""
-    reports, x = list[fuseplan.Report](), randn(*shape, WIDTH)
-    config = fuseplan.PassConfig(policy="ordered(norm_quant)")
-    torch._dynamo.reset()
-    with torch.inference_mode(), nullcontext() if shape == CODED else no_code():
-        compiled: Any = fuseplan.compile(function, config=config, on_report=reports.append)
-        pairs = list(zip(compiled(x), function(x), strict=True))
+    report, pairs = compiled_and_eager(
+        function, randn(*shape, WIDTH), policy="ordered(norm_quant)", coded=shape == CODED
+    )
     for got, wanted in pairs:
         assert (got.dtype, got.stride()) == (wanted.dtype, wanted.stride())
         assert torch.equal(got.float(), wanted.float())
-    return reports[0]
+    return report
 
 
 @torch.library.custom_op("scale_layout_tests::product", mutates_args=())
@@ -192,10 +188,3 @@ def test_scales_come_back_from_every_layout(layout: ScaleLayout) -> None:
     given = exponents.to(torch.uint8) if layout is ScaleLayout.SWIZZLED else scales
     wanted = exponents if layout in (ScaleLayout.SWIZZLED, ScaleLayout.PACKED) else scales
     assert torch.equal(in_rows(lay_out(given.reshape(2, 20, 5), layout), 40, 5, layout).to(wanted.dtype), wanted)
-
-
-def test_a_layout_that_there_is_none_of_is_refused() -> None:
-    with pytest.raises(ValueError, match="'diagonal' is not a valid ScaleLayout"):
-        ops.per_token_group_fp8_quant.reference(
-            randn(3, WIDTH), GROUP, FP8, 0.0, 0.0, False, 0.0, 0.0, None, "divide", "diagonal"
-        )

@@ -1,15 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import nn
 
-from fuseplan.workloads.models import GptOss, KVCache, workload
-from fuseplan.workloads.models.attention import attention
-from fuseplan.workloads.models.experts import Experts, clamped_swiglu
+from fuseplan.workloads.models import GPT_OSS_120B, WORKLOADS, GptOss, KVCache, check_size, workload
+from fuseplan.workloads.models.experts import Experts
 from fuseplan.workloads.models.gpt_oss import fused_add_rms_norm, rms_norm
 
 TINY = workload("gpt-oss-120b-tiny")
@@ -70,6 +70,8 @@ def test_decoding_with_a_cache_equals_one_forward(model: GptOss, batch: int) -> 
         steps.append(model(input_ids[:, position : position + 1], positions, cache))
     torch.testing.assert_close(torch.cat(steps, 1), expected, atol=1e-4, rtol=1e-4)
     assert cache.k[0][:, 20:].count_nonzero() == 0
+    with pytest.raises(ValueError, match=r"input_ids has 1 dimensions; give \[batch, sequence\]"):
+        model(torch.zeros(3, dtype=torch.int64))
 
 
 def test_rows_of_a_batch_decode_at_their_own_positions(model: GptOss) -> None:
@@ -80,66 +82,6 @@ def test_rows_of_a_batch_decode_at_their_own_positions(model: GptOss) -> None:
     positions = torch.tensor([[11], [5]])
     logits = model(input_ids.gather(1, positions), positions, cache)
     torch.testing.assert_close(logits[:, 0], expected[[0, 1], [11, 5]], atol=1e-4, rtol=1e-4)
-
-
-def test_input_without_a_batch_is_refused(model: GptOss) -> None:
-    with pytest.raises(ValueError, match=r"input_ids has 1 dimensions; give \[batch, sequence\]"):
-        model(torch.zeros(3, dtype=torch.int64))
-
-
-def naive_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int) -> Tensor:
-    """One query and one head at a time."""
-    out = torch.zeros_like(q)
-    for b, s, h in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
-        first = max(0, s - window + 1) if window else 0
-        kv = h // (q.shape[2] // k.shape[2])
-        scores = k[b, first : s + 1, kv] @ q[b, s, h] / q.shape[3] ** 0.5
-        weights = torch.cat((scores, sinks[h : h + 1])).softmax(0)[:-1]
-        out[b, s, h] = weights @ v[b, first : s + 1, kv]
-    return out
-
-
-@pytest.mark.parametrize("window", [0, 1, 4])
-def test_attention_has_windows_sinks_and_groups(window: int) -> None:
-    q, k, v, sinks = torch.randn(2, 6, 4, 8), torch.randn(2, 6, 2, 8), torch.randn(2, 6, 2, 8), torch.randn(4)
-    positions = torch.arange(6)[None]
-    out = attention(q, k, v, sinks, positions, positions, window)
-    torch.testing.assert_close(out, naive_attention(q, k, v, sinks, window))
-
-
-def test_windows_and_sinks_matter_to_the_model(model: GptOss) -> None:
-    (input_ids,) = TINY.example_inputs(sequence=TINY.config.sliding_window + 1)
-    changed = TINY.build(dtype=torch.float32)
-    changed.blocks[0].attention.window = 0
-    before, after = model(input_ids), changed(input_ids)
-    torch.testing.assert_close(after[:, :-1], before[:, :-1])
-    assert not torch.allclose(after[:, -1], before[:, -1], atol=1e-2)
-    changed.blocks[1].attention.sinks.fill_(-torch.inf)
-    assert not torch.allclose(changed(input_ids)[:, 0], before[:, 0], atol=1e-2)
-
-
-def test_swiglu_is_interleaved_and_clamped() -> None:
-    gate_up = torch.tensor([1.0, 2.0, 9.0, -9.0])
-    gate, up = torch.tensor([1.0, 7.0]), torch.tensor([2.0, -7.0])
-    expected = gate * torch.sigmoid(1.702 * gate) * (up + 1)
-    torch.testing.assert_close(clamped_swiglu(gate_up, 1.702, 7.0), expected)
-
-
-@pytest.mark.parametrize("tokens", [0, 1, 9])
-def test_padded_experts_equal_unpadded_ones(tokens: int) -> None:
-    config = TINY.config
-    experts, H = Experts(config), config.hidden
-    x, logits = torch.randn(tokens, H), torch.randn(tokens, config.experts)
-    padded = F.pad(x, (0, config.padded_hidden - H))
-
-    expected = torch.zeros(tokens, H)
-    for t in range(tokens):
-        chosen = logits[t].topk(config.experts_per_token)
-        for weight, e in zip(chosen.values.softmax(0), chosen.indices.tolist(), strict=True):
-            hidden = clamped_swiglu(experts.w13[e, :, :H] @ x[t] + experts.b13[e], 1.702, 7.0)
-            expected[t] += weight * (experts.w2[e, :H] @ hidden + experts.b2[e, :H])
-
-    torch.testing.assert_close(experts(padded, logits), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_ops_are_sound() -> None:
@@ -153,3 +95,88 @@ def test_ops_are_sound() -> None:
     )
     q, kv, sinks, positions = torch.randn(2, 6, 4, 8), torch.randn(2, 6, 2, 8), torch.randn(4), torch.arange(6)[None]
     torch.library.opcheck(torch.ops.gpt_oss.attention.default, (q, kv, kv, sinks, positions, positions, 4))
+
+
+def hugging_face_twin(model: GptOss) -> nn.Module:
+    transformers, c = pytest.importorskip("transformers"), model.config
+    config = transformers.GptOssConfig(
+        num_hidden_layers=c.layers, num_local_experts=c.experts, num_experts_per_tok=c.experts_per_token,
+        vocab_size=c.vocab, hidden_size=c.hidden, intermediate_size=c.intermediate,
+        num_attention_heads=c.query_heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim,
+        sliding_window=c.sliding_window, attn_implementation="eager",
+    )  # fmt: skip
+    twin: nn.Module = transformers.GptOssForCausalLM(config).eval()
+    copy_weights(model, twin)
+    return twin
+
+
+def copy_weights(model: GptOss, twin: nn.Module) -> None:
+    c = model.config
+    source, copied = dict(model.named_parameters()), {}
+    sections = [heads * c.head_dim for heads in (c.query_heads, c.kv_heads, c.kv_heads)]
+    for i in range(c.layers):
+        ours, theirs = f"layers.{i}.", f"model.layers.{i}."
+        for kind in ("weight", "bias"):
+            for name, part in zip("qkv", source[f"{ours}attention.qkv.{kind}"].split(sections), strict=True):
+                copied[f"{theirs}self_attn.{name}_proj.{kind}"] = part
+            copied[f"{theirs}self_attn.o_proj.{kind}"] = source[f"{ours}attention.o_proj.{kind}"]
+            copied[f"{theirs}mlp.router.{kind}"] = source[f"{ours}router.{kind}"]
+        copied[theirs + "self_attn.sinks"] = source[ours + "attention.sinks"]
+        copied[theirs + "input_layernorm.weight"] = source[ours + "input_norm.weight"]
+        copied[theirs + "post_attention_layernorm.weight"] = source[ours + "post_attention_norm.weight"]
+        copied[theirs + "mlp.experts.gate_up_proj"] = source[ours + "experts.w13"][..., : c.hidden].mT
+        copied[theirs + "mlp.experts.gate_up_proj_bias"] = source[ours + "experts.b13"]
+        copied[theirs + "mlp.experts.down_proj"] = source[ours + "experts.w2"][:, : c.hidden].mT
+        copied[theirs + "mlp.experts.down_proj_bias"] = source[ours + "experts.b2"][:, : c.hidden]
+    copied["model.embed_tokens.weight"] = source["embed.weight"]
+    copied["model.norm.weight"] = source["norm.weight"]
+    copied["lm_head.weight"] = source["lm_head.weight"]
+    targets = dict(twin.named_parameters())
+    assert copied.keys() == targets.keys()
+    for name, target in targets.items():
+        target.copy_(copied[name])
+
+
+def test_logits_agree_with_hugging_face(model: GptOss) -> None:
+    """Both compute from the same weights."""
+    (input_ids,) = TINY.example_inputs(sequence=40, batch=2)  # well past the sliding window of 8
+    logits = model(input_ids)
+    expected = hugging_face_twin(model)(input_ids).logits
+    assert expected.std() > 0.5  # logits of a size at which the tolerance says something
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": 0}, "layers=0 of gpt-oss-120b is not positive; give 1 or more"),
+        ({"query_heads": 60}, "query_heads=60 of gpt-oss-120b is not a multiple of kv_heads=8; give e.g. 64"),
+        ({"head_dim": 63}, "head_dim=63 of gpt-oss-120b is odd, and RoPE rotates pairs; give 64"),
+        ({"experts": 2}, "experts_per_token=4 of gpt-oss-120b exceeds experts=2; give at most 2"),
+    ],
+)
+def test_sizes_that_do_not_fit(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        dataclasses.replace(GPT_OSS_120B, **change)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (3, "tp=3 does not divide 64 query heads of gpt-oss-120b; use one of 1, 2, 4, 8"),
+        (16, "tp=16 does not divide 8 kv heads of gpt-oss-120b; use one of 1, 2, 4, 8"),
+        (0, "tp=0 is not a number of ranks; use one of 1, 2, 4, 8 for gpt-oss-120b"),
+    ],
+)
+def test_group_sizes_that_do_not_divide(size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        check_size(GPT_OSS_120B, size)
+
+
+def test_workloads_by_name() -> None:
+    assert {workload(name).name for name in WORKLOADS} == set(WORKLOADS)
+    assert len(WORKLOADS) == 8
+    assert workload("gpt-oss-20b:outer-reduce").outer_reduce
+    assert workload("gpt-oss-120b").with_layers(2).config.layers == 2
+    with pytest.raises(ValueError, match="'gpt-os-120b'; did you mean gpt-oss-120b"):
+        workload("gpt-os-120b")

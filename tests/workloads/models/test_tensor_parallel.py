@@ -1,18 +1,53 @@
+"""The model split over ranks, and the graph that post-grad passes see of it: full width, symbolic tokens, one rank."""
+
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, fx
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._inductor import compile_fx
+from torch._inductor import config as inductor_config
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed import ProcessGroup
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fuseplan.workloads.models import GptOss, KVCache, Workload, shard_, workload
 from tests.forks import Forks, Request
 from tests.ranks import leave
-from tests.workloads.models.conftest import FakeGroup
 
+ALL_REDUCE = "_c10d_functional.all_reduce.default"
+WAIT = "_c10d_functional.wait_tensor.default"
+PAD = "aten.constant_pad_nd.default"
+FakeGroup = Callable[..., ProcessGroup]
 TINY = workload("gpt-oss-120b-tiny")
+
+
+@pytest.fixture
+def fake_group() -> Iterator[FakeGroup]:
+    """`fake_group(size, rank=0)`: a process group of which only this rank exists."""
+
+    def start(size: int, rank: int = 0) -> ProcessGroup:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+        world = dist.group.WORLD
+        assert world is not None
+        return world
+
+    torch._dynamo.reset()
+    yield start
+    torch._dynamo.reset()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("outer_reduce", [False, True])
@@ -29,34 +64,17 @@ def test_building_split_equals_splitting_afterwards(fake_group: FakeGroup, rank:
 
 
 def test_all_ranks_together_hold_every_weight_once(fake_group: FakeGroup) -> None:
-    size, whole = 4, TINY.build()
-    split = [TINY.build(fake_group(size, rank)) for rank in range(size)]
-
-    def total(name: str) -> torch.Tensor:
-        return torch.stack([dict(model.named_parameters())[name].double().sum() for model in split]).sum()
-
+    size, whole = 4, dict(TINY.build().named_parameters())
+    split = [dict(TINY.build(fake_group(size, rank)).named_parameters()) for rank in range(size)]
+    names = "attention.qkv.weight", "attention.sinks", "experts.w13", "experts.b13", "experts.w2", "experts.b2"
     divided = {"embed.inner.weight": "embed.weight", "lm_head.inner.weight": "lm_head.weight"}
     for i in range(TINY.config.layers):
-        for name in (
-            "attention.qkv.weight",
-            "attention.sinks",
-            "experts.w13",
-            "experts.b13",
-            "experts.w2",
-            "experts.b2",
-        ):
-            divided[f"layers.{i}.{name}"] = f"layers.{i}.{name}"
+        divided |= {f"layers.{i}.{name}": f"layers.{i}.{name}" for name in names}
         for name in ("weight", "bias"):
             divided[f"layers.{i}.attention.o_proj.inner.{name}"] = f"layers.{i}.attention.o_proj.{name}"
     for name, source in divided.items():
-        torch.testing.assert_close(total(name), dict(whole.named_parameters())[source].double().sum())
-
-
-def test_meta_weights_can_be_split(fake_group: FakeGroup) -> None:
-    with torch.device("meta"):
-        model = TINY.build(fake_group(4))
-    assert {weight.device.type for weight in model.state_dict().values()} == {"meta"}
-    assert model.blocks[0].attention.kv_heads == 1
+        total = torch.stack([each[name].double().sum() for each in split]).sum()
+        torch.testing.assert_close(total, whole[source].double().sum())
 
 
 def test_a_group_of_one_changes_nothing(fake_group: FakeGroup) -> None:
@@ -104,6 +122,58 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path, forks: Forks) -> None:
     processes = [((str(rank), "2", str(tmp_path / "store")), dict[str, str]()) for rank in range(2)]
     outcomes = forks.outcomes(forks.start(Request(path=__file__, processes=processes)))
     assert [each.status for each in outcomes] == [0, 0], "\n".join(each.output[-4000:] for each in outcomes)
+
+
+def trace(work: Workload, group: Any = None, tokens: int = 16) -> fx.Graph:
+    """The functional graph at the custom post-grad hook, with a symbolic sequence length."""
+    graphs: list[fx.Graph] = []
+
+    def compile_nothing(gm: fx.GraphModule, inputs: Any, **_: Any) -> Any:
+        compile_fx._recursive_post_grad_passes(gm, is_inference=True)
+        return make_boxed_func(gm.forward)
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        return compile_fx.compile_fx(gm, inputs, inner_compile=compile_nothing)
+
+    def hook(graph: fx.Graph) -> None:
+        graphs.append(fx.Graph())
+        graphs[-1].output(graphs[-1].graph_copy(graph, {}))
+
+    with torch.no_grad(), FakeTensorMode(shape_env=ShapeEnv()):
+        model = work.build(group)
+        (input_ids,) = work.example_inputs(tokens)
+        torch._dynamo.mark_dynamic(input_ids, 1)  # an error if anything pins it
+        with inductor_config.patch(post_grad_custom_post_pass=hook):
+            logits: Tensor = torch.compile(model, backend=backend, fullgraph=True)(input_ids)
+    assert logits.shape == (1, tokens, work.config.vocab)
+    (graph,) = graphs
+    return graph
+
+
+def count(graph: fx.Graph) -> Counter[str]:
+    return Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
+
+
+@pytest.mark.parametrize("tp", [1, 8, *(pytest.param(tp, marks=pytest.mark.nightly) for tp in (2, 4))])
+def test_gpt_oss_120b_traces_whole_at_full_width(fake_group: FakeGroup, tp: int) -> None:
+    layers = 2
+    found = count(trace(workload("gpt-oss-120b").with_layers(layers), fake_group(tp)))
+    parallel = tp > 1
+    assert found[ALL_REDUCE] == (layers + 1) * parallel  # behind o_proj, and behind the embedding
+    assert found[WAIT] == (layers + 2) * parallel  # and behind the gathered logits
+    assert found[PAD] == found["gpt_oss.experts.default"] == found["gpt_oss.attention.default"] == layers
+    assert found["aten.rsqrt.default"] == 2 * layers + 1
+
+
+def test_ranks_have_equal_graphs(fake_group: FakeGroup) -> None:
+    """They differ in the rank, a constant, that the embedding compares with."""
+    lines = [
+        str(trace(workload("gpt-oss-20b-tiny").with_layers(1), fake_group(2, rank))).splitlines() for rank in (0, 1)
+    ]
+    assert len(lines[0]) == len(lines[1])
+    differing = [(a, b) for a, b in zip(*lines, strict=True) if a != b]
+    assert all("aten.ne.Scalar" in line for pair in differing for line in pair)
+    assert len(differing) == 1
 
 
 if __name__ == "__main__":
