@@ -16,8 +16,7 @@ from fuseplan.graph.surgery import is_sorted
 from fuseplan.record import Reason, Report
 from tests.differential.errors import exactly, excess, same
 from tests.differential.layout import Layout, copies, strides_of
-from tests.differential.lowering import Lowered, lower
-from tests.differential.recording import Recorded, modules_of, owner
+from tests.differential.recording import Lowered, Recorded, lower, modules_of, owner
 from tests.differential.settings import COUPLED_RULES, Setting, coupling_broken
 
 NUDGES = 3
@@ -43,7 +42,7 @@ class Outcome:
     def add(self, reports: Iterable[Report]) -> None:
         """Counts what reports say was fused. Nothing may have gone wrong: all providers are right."""
         for report in reports:
-            self.fused.update({rule: count for rule, count in report.fused.items() if count})
+            self.fused.update(+Counter(report.fused))
             for refusal in (each for graph in report.graphs for each in graph.refusals):
                 if refusal.reason in (Reason.FAULT, Reason.VERIFICATION):
                     self.problems.append(f"{refusal.reason}: {refusal.rule or 'all'}: {refusal.detail}")

@@ -5,7 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,9 +18,8 @@ from fuseplan.errors import FuseplanWarning, PlanError
 from fuseplan.record import Report
 from tests.differential.checking import Outcome, Seen, compare
 from tests.differential.errors import Exact, same, widened
-from tests.differential.lowering import interpreted
 from tests.differential.program import Program
-from tests.differential.recording import uncached
+from tests.differential.recording import interpreted, uncached
 from tests.differential.settings import Setting
 from tests.differential.uses import Session, Steps
 
@@ -101,29 +100,18 @@ class Compiler:
     def unequal(self) -> list[str]:
         """What is fused in the first call of a model, and not in that of another one of its class."""
         others = self.reports[self.starts[-1] :]
-        first, other = _fused(self.reports[: len(others)]), _fused(others)
+        first, other = (
+            dict(sum((Counter(report.fused) for report in reports), Counter[str]()))
+            for reports in (self.reports[: len(others)], others)
+        )
         return [] if first == other else [f"one model fuses {first}, and another one of its class {other}"]
 
 
-def _fused(reports: list[Report]) -> dict[str, int]:
-    found: Counter[str] = Counter()
-    for report in reports:
-        found.update({rule: count for rule, count in report.fused.items() if count})
-    return dict(sorted(found.items()))
+class Counts(NamedTuple):
+    """Frames that Dynamo gave up, and graphs that it had compiled."""
 
-
-class Counts:
-    """What Dynamo did.
-
-    Attributes:
-        eager: frames that it gave up.
-        graphs: that it had compiled.
-    """
-
-    def __init__(self) -> None:
-        frames, stats = counters["frames"], counters["stats"]
-        self.eager = frames["total"] - frames["ok"]
-        self.graphs = stats["unique_graphs"]
+    eager: int
+    graphs: int
 
 
 def _played(
@@ -132,4 +120,5 @@ def _played(
     counters.clear()
     with uncached(), contextlib.nullcontext() if coded else interpreted():
         seen = Session(program, lambda: program.module(group), compiled).play(steps)
-    return seen, Counts()
+    frames = counters["frames"]
+    return seen, Counts(frames["total"] - frames["ok"], counters["stats"]["unique_graphs"])

@@ -27,32 +27,28 @@ def root(wide: Tensor) -> Tensor:
     return torch.rsqrt(mean_square(wide) + EPSILON)
 
 
-def own_epsilon(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """With an epsilon that the model keeps."""
-    total = summed(x, residual)
-    wide = total.float()
-    return weight * (wide * torch.rsqrt(mean_square(wide) + epsilon)).to(x.dtype), total
+Formula = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Of x, the sum, the sum in float32 and the weight."""
+Sum = Callable[[Tensor, Tensor | None, Tensor], Tensor]
+"""Of x, the residual and the weight."""
 
 
-def of_sum(formula: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Norm:
-    """A formula of x, the sum, the sum in float32 and the weight."""
-
+def of_sum(formula: Formula, sum_of: Sum = lambda x, residual, weight: summed(x, residual)) -> Norm:
     def norm(x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-        total = summed(x, residual)
+        total = sum_of(x, residual, weight)
         return formula(x, total, total.float(), weight), total
 
     return norm
 
 
-def of_another_sum(sum_of: Callable[[Tensor, Tensor | None, Tensor], Tensor]) -> Norm:
-    """The norm of something else of x, the residual and the weight."""
+def by(root_of: Callable[[Tensor], Tensor]) -> Formula:
+    """Rounded once it is multiplied by another root."""
+    return lambda x, total, wide, w: w * (wide * root_of(wide)).to(x.dtype)
 
-    def norm(x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-        total = sum_of(x, residual, weight)
-        wide = total.float()
-        return weight * (wide * root(wide)).to(x.dtype), total
 
-    return norm
+def own_epsilon(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """With an epsilon that the model keeps."""
+    return of_sum(by(lambda wide: torch.rsqrt(mean_square(wide) + epsilon)))(x, residual, weight)
 
 
 def added_wide(x: Tensor, residual: Tensor | None) -> Tensor:
@@ -100,12 +96,6 @@ def centred(x: Tensor, total: Tensor, wide: Tensor, weight: Tensor) -> Tensor:
     return weight * (wide * root(wide)).to(x.dtype)
 
 
-def without_epsilon(x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-    total = summed(x, residual) + 0.5
-    wide = total.float()
-    return weight * (wide * torch.rsqrt(mean_square(wide))).to(x.dtype), total
-
-
 def narrow_square(x: Tensor, total: Tensor, wide: Tensor, weight: Tensor) -> Tensor:
     mean = (total * total).mean(-1, keepdim=True, dtype=torch.float32)
     return (total * torch.rsqrt(mean + EPSILON)).to(x.dtype) * weight
@@ -115,24 +105,20 @@ NORMS: dict[str, Norm] = {
     **SPELLINGS,
     "weighted_last": of_sum(lambda x, total, wide, w: (wide * root(wide)).to(x.dtype) * w),
     "square_by_product": square_by_product,
-    "rounded_wide_sum": of_another_sum(lambda x, r, w: x if r is None else (x.float() + r.float()).to(x.dtype)),
+    "rounded_wide_sum": of_sum(by(root), lambda x, r, w: x if r is None else (x.float() + r.float()).to(x.dtype)),
     "wide_sum": wide_sum,
     "wide_residual": wide_residual,
     "wide_result": of_sum(lambda x, total, wide, w: wide * root(wide) * w.float()),
     "narrow_one_added": of_sum(lambda x, total, wide, w: (wide * root(wide) * (1.0 + w)).to(x.dtype)),
     "one_added_after_rounding": of_sum(lambda x, total, wide, w: (wide * root(wide)).to(x.dtype) * (1.0 + w)),
     "weighted_before_root": of_sum(lambda x, total, wide, w: (wide * w.float() * root(wide)).to(x.dtype)),
-    "scaled_residual": of_another_sum(lambda x, r, w: x if r is None else torch.add(x, r, alpha=0.5)),
-    "three_addends": of_another_sum(lambda x, r, w: (x + w) + (x if r is None else r)),
+    "scaled_residual": of_sum(by(root), lambda x, r, w: x if r is None else torch.add(x, r, alpha=0.5)),
+    "three_addends": of_sum(by(root), lambda x, r, w: (x + w) + (x if r is None else r)),
     "in_place_residual": in_place_residual,
     "in_place_scale": in_place_scale,
     "root_read_elsewhere": root_read_elsewhere,
-    "without_keepdim": of_sum(
-        lambda x, total, wide, w: w * (wide * torch.rsqrt(wide.pow(2).mean(-1) + EPSILON).unsqueeze(-1)).to(x.dtype)
-    ),
-    "power_of_half": of_sum(
-        lambda x, total, wide, w: w * (wide * (mean_square(wide) + EPSILON).pow(-0.5)).to(x.dtype)
-    ),
+    "without_keepdim": of_sum(by(lambda wide: torch.rsqrt(wide.pow(2).mean(-1) + EPSILON).unsqueeze(-1))),
+    "power_of_half": of_sum(by(lambda wide: (mean_square(wide) + EPSILON).pow(-0.5))),
     "power_of_function": of_sum(  # as Gemma 3n has it
         lambda x, total, wide, w: (wide * torch.pow(mean_square(wide) + EPSILON, -0.5) * w.float()).type_as(x)
     ),
@@ -142,17 +128,13 @@ NORMS: dict[str, Norm] = {
     "divided_by_root": of_sum(
         lambda x, total, wide, w: w * (wide / (mean_square(wide) + EPSILON).sqrt()).to(x.dtype)
     ),
-    "with_minimum": of_sum(
-        lambda x, total, wide, w: w * (wide * torch.rsqrt(mean_square(wide).clamp(min=1e-3))).to(x.dtype)
-    ),
-    "scaled_mean": of_sum(
-        lambda x, total, wide, w: w * (wide * torch.rsqrt(mean_square(wide) * 2 + EPSILON)).to(x.dtype)
-    ),
+    "with_minimum": of_sum(by(lambda wide: torch.rsqrt(mean_square(wide).clamp(min=1e-3)))),
+    "scaled_mean": of_sum(by(lambda wide: torch.rsqrt(mean_square(wide) * 2 + EPSILON))),
     "layer_norm": of_sum(lambda x, total, wide, w: F.layer_norm(total, total.shape[-1:], w)),
     "centred": of_sum(centred),
     "without_weight": of_sum(lambda x, total, wide, w: F.rms_norm(total, total.shape[-1:], eps=EPSILON)),
     "weight_of_rows": of_sum(lambda x, total, wide, w: (wide * root(wide)).to(x.dtype) * (w * x.sigmoid())),
-    "without_epsilon": without_epsilon,
+    "without_epsilon": of_sum(by(lambda wide: torch.rsqrt(mean_square(wide))), lambda x, r, w: summed(x, r) + 0.5),
     "narrow": of_sum(lambda x, total, wide, w: total * root(total) * w),
     "narrow_square": of_sum(narrow_square),
     "narrow_mean": of_sum(
@@ -160,24 +142,12 @@ NORMS: dict[str, Norm] = {
     ),
     "narrow_root": of_sum(lambda x, total, wide, w: w * (total * root(wide).to(x.dtype))),
     "root_of_sum_before": of_sum(lambda x, total, wide, w: w * (wide * root(x.float())).to(x.dtype)),
-    "scaled_epsilon": of_sum(
-        lambda x, total, wide, w: w * (wide * torch.rsqrt(torch.add(mean_square(wide), 0.25, alpha=2))).to(x.dtype)
-    ),
-    "two_epsilons": of_sum(
-        lambda x, total, wide, w: w * (wide * torch.rsqrt(mean_square(wide) + 0.25 + 0.5)).to(x.dtype)
-    ),
+    "scaled_epsilon": of_sum(by(lambda wide: torch.rsqrt(torch.add(mean_square(wide), 0.25, alpha=2)))),
+    "two_epsilons": of_sum(by(lambda wide: torch.rsqrt(mean_square(wide) + 0.25 + 0.5))),
     "scaled_one_added": of_sum(
         lambda x, total, wide, w: (wide * root(wide) * torch.add(w.float(), 1, alpha=2)).to(x.dtype)
     ),
     "narrower_result": of_sum(lambda x, total, wide, w: (wide * root(wide)).to(torch.float16) * w),
-    "over_two_dimensions": of_sum(
-        lambda x, total, wide, w: (
-            w * (wide * torch.rsqrt(wide.pow(2).mean((-2, -1), keepdim=True) + EPSILON)).to(x.dtype)
-        )
-    ),
-    "cubed": of_sum(
-        lambda x, total, wide, w: (
-            w * (wide * torch.rsqrt(wide.abs().pow(3).mean(-1, keepdim=True) + EPSILON)).to(x.dtype)
-        )
-    ),
+    "over_two_dimensions": of_sum(by(lambda wide: torch.rsqrt(wide.pow(2).mean((-2, -1), keepdim=True) + EPSILON))),
+    "cubed": of_sum(by(lambda wide: torch.rsqrt(wide.abs().pow(3).mean(-1, keepdim=True) + EPSILON))),
 }  # fmt: skip

@@ -26,12 +26,7 @@ from fuseplan.verification.compare import unit_in_the_last_place
 from tests.differential.errors import FACTOR, exactly
 from tests.differential.layout import strides_of
 from tests.differential.recording import Recorded, record
-from tests.differential.vocabulary import (
-    quantize_all,
-    quantize_rows_bounded,
-    quantize_rows_divided,
-    quantize_rows_rounded,
-)
+from tests.differential.vocabulary import ROW_QUANTS
 from tests.helpers import SPELLINGS, all_reduce, quantize, quantize_rows
 from tests.rules.parts import test_group_fp8 as groups_fp8
 from tests.rules.parts import test_scale_layouts as layouts
@@ -106,10 +101,9 @@ class Format:
 
 
 def _in_rows(rng: random.Random, scale: Tensor) -> Format:
-    quantise = rng.choice(ROWS)
-    kind = "row bounded above" if quantise in (quantize_rows_bounded, bounded_by_tensor) else "row"
-    code = E5M2 if quantise is in_e5m2 else FP8
-    return Format(name=quantise.__name__, kind=kind, quantise=quantise, group=0, code=code)
+    name = rng.choice(list(ROWS))
+    kind = "row bounded above" if name in ("quantize_rows_bounded", "bounded_by_tensor") else "row"
+    return Format(name=name, kind=kind, quantise=ROWS[name], group=0, code=E5M2 if name == "in_e5m2" else FP8)
 
 
 def in_e5m2(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,15 +125,16 @@ def bounded_by_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scale).clamp(-448.0, 448.0).to(FP8), scale
 
 
-ROWS: tuple[Quantise, ...] = (
-    quantize_rows, quantize_rows_divided, quantize_rows_rounded, quantize_rows_bounded, torchao, in_e5m2,
-    bounded_by_tensor,
-)  # fmt: skip
+ROWS: dict[str, Quantise] = {
+    "quantize_rows": quantize_rows,
+    **{f"quantize_rows_{how}": ROW_QUANTS[f"quantize_rows_{how}"] for how in ("divided", "rounded", "bounded")},
+    **{each.__name__: each for each in (torchao, in_e5m2, bounded_by_tensor)},
+}
 
 
 def _of_all(rng: random.Random, scale: Tensor) -> Format:
     """One scale of all rows, which no op has."""
-    return Format(name="of all rows", kind="tensor", quantise=quantize_all, group=0)
+    return Format(name="of all rows", kind="tensor", quantise=ROW_QUANTS["quantize_all"], group=0)
 
 
 def by_number(scale_of: groups_fp8.Scale, amax: Tensor) -> Tensor:
@@ -160,7 +155,7 @@ GROUPS = (*sorted(groups_fp8.SCALES), *POWERS, *POWERS)
 def _in_groups(rng: random.Random, scale: Tensor) -> Format:
     group, name, multiplies = rng.choice((64, 128)), rng.choice(GROUPS), rng.random() < 0.5
     if rng.random() < 0.15:
-        quantise = partial(in_groups, quantize_rows_rounded, group)
+        quantise = partial(in_groups, ROWS["quantize_rows_rounded"], group)
         return Format(name=f"rounded {group}", kind=f"group {group}", quantise=quantise, group=group)
     scale_of, bound = groups_fp8.SCALES[name][0], rng.choice((None, None, None, by_number, by_tensor, behind))
     how = partial(

@@ -14,7 +14,7 @@ from torch._inductor.pattern_matcher import PatternMatcherPass, fwd_only, regist
 
 from fuseplan.compilation.manager import PostGradPassManager, ReportCallback
 from fuseplan.config import FUSION_FLAGS, CompileRange, PassConfig
-from fuseplan.dialect import DialectOp, Rounding, define, implement, ops
+from fuseplan.dialect import DialectOp, Rounding, define, ops
 from fuseplan.errors import PlanError
 from fuseplan.matching import ExternalPass, GraphPass
 from fuseplan.planner.candidates import Candidate
@@ -32,8 +32,6 @@ rms_norm_rectified = define(
     "rms_norm_rectified", ops.rms_norm.schema, reference=rms_norm_relu_reference, fake=ops.rms_norm.fake,
     samples=ops.rms_norm.samples, fused=True,
 )  # fmt: skip
-
-
 FUSED = [op for op in ops.values() if op.fused]
 
 
@@ -73,16 +71,6 @@ def even_widths(m: Any) -> Refusal | None:
     return Refusal(reason=Reason.SIZE, detail=f"{width} is odd") if width % 2 else None
 
 
-def rounding_as(name: str, op_names: Sequence[str], rounding: Rounding) -> Provider:
-    """A provider whose kernels know one convention."""
-    for op in op_names:
-        implement(ops[op], name, ops[op].reference)
-    offers = {op: Offer(accepts=lambda m: None, cost=0.0, roundings=frozenset({rounding.value})) for op in op_names}
-    return Provider(
-        name=name, description="", vendors=frozenset({"cpu"}), package=None, install="", implements=offers
-    )  # fmt: skip
-
-
 OWN_RULES: tuple[Rule, ...] = (NormRelu(),)
 COUPLED_RULES: tuple[Rule, ...] = (NormReluWithPads(),)
 MINE = provider_of("mine", {rms_norm_rectified: rms_norm_relu_reference}, cost=0.0)
@@ -100,21 +88,13 @@ def with_little_room(op: DialectOp) -> Any:
     return kernel
 
 
-def limited(name: str, op_names: Sequence[str]) -> Provider:
-    """A provider whose kernels take so many rows and no more."""
-    for op in op_names:
-        implement(ops[op], name, with_little_room(ops[op]))
-    offers = {op: Offer(cost=0.0, most_rows=lambda m: ROOM) for op in op_names}
-    return Provider(
-        name=name, description="", vendors=frozenset({"cpu"}), package=None, install="", implements=offers
-    )  # fmt: skip
-
-
 WIDE = provider_of("wide", {op: in_float64(op) for op in FUSED}, accepts=even_widths, cost=0.0)
-ONE_ROUNDING = rounding_as(
-    "one_rounding", [op.name for op in FUSED if "fused_add" in op.name], Rounding.FP32
-)  # fmt: skip
-LIMITED = limited("limited", [op.name for op in FUSED if "x" in op.schema])
+ONE_ROUNDING = provider_of(
+    "one_rounding", {op: op.reference for op in FUSED if "fused_add" in op.name}, roundings=[Rounding.FP32], cost=0.0
+)
+LIMITED = provider_of("limited", {op: with_little_room(op) for op in FUSED if "x" in op.schema}, cost=0.0)
+# More rows are refused, and don't run the reference.
+LIMITED = replace(LIMITED, implements=dict.fromkeys(LIMITED.implements, Offer(cost=0.0, most_rows=lambda m: ROOM)))
 RULE_NAMES = sorted(by_name((*BUILT_IN_RULES, *OWN_RULES)))
 
 
@@ -179,9 +159,8 @@ class Setting:
         if shuffle is not None:
             shuffle.shuffle(rules)
             shuffle.shuffle(providers)
-        return PostGradPassManager(
-            self.config, on_report=on_report, rules=rules, providers=providers, passes=self.passes
-        )  # fmt: skip
+        given: dict[str, Any] = {"rules": rules, "providers": providers, "passes": self.passes}
+        return PostGradPassManager(self.config, on_report=on_report, **given)
 
     def __str__(self) -> str:
         given = {name: value for name, value in vars(self.config).items() if value != getattr(PassConfig(), name)}
@@ -239,25 +218,32 @@ def in_ranges(setting: Setting, tokens: Sequence[int], rng: random.Random) -> Se
 
 def fuses(setting: Setting, graph: fx.Graph) -> bool:
     """Whether something is chosen for a graph."""
-    manager = setting.manager()
-    try:
-        return bool(manager.decide(manager.analyze(graph), setting.config.chosen_policy, "graph_0").selected)
-    except PlanError:
-        return False
+    found = _chosen(setting, graph)
+    return found is not None and bool(found[1])
 
 
 def coupling_broken(setting: Setting, graph: fx.Graph) -> list[str]:
     """Whether what is chosen for a graph leaves out what a rule asks for, however it was chosen."""
-    manager = setting.manager()
-    analysis = manager.analyze(graph)
-    program = analysis.problem.program
-    try:
-        selected = set(manager.decide(analysis, setting.config.chosen_policy, "graph_0").selected)
-    except PlanError:  # places are counted otherwise here where a pass of the setting's own runs before
+    found = _chosen(setting, graph)
+    if found is None:
         return []
+    program, selected = found
     broken = [pair for pair in program.requires if pair[0] in selected and pair[1] not in selected]
     torn = [group for group in program.together if 0 < len(group & selected) < len(group)]
     return [f"a rule is applied without what it requires: {broken or torn}"] if broken or torn else []
+
+
+def _chosen(setting: Setting, graph: fx.Graph) -> tuple[Any, set[int]] | None:
+    """(what there is to choose from, what is chosen); None where what is asked contradicts itself: places are counted
+    otherwise here where a pass of the setting's own runs before.
+    """
+    manager = setting.manager()
+    try:
+        analysis = manager.analyze(graph)
+        selected = set(manager.decide(analysis, setting.config.chosen_policy, "graph_0").selected)
+    except PlanError:
+        return None
+    return analysis.problem.program, selected
 
 
 def direct(setting: Setting, candidates: Sequence[Candidate], rng: random.Random) -> Setting:

@@ -27,6 +27,10 @@ def tokens_first(x: Tensor, groups: int) -> Tensor:
     return x.transpose(1, 2).repeat_interleave(groups, dim=2).transpose(1, 2)
 
 
+def interleaved(x: Tensor, groups: int) -> Tensor:
+    return x.repeat_interleave(groups, dim=1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
     """A model, its arguments, and who may run it."""
@@ -40,17 +44,13 @@ class Drawn:
         rng = random.Random(seed)
         batch, heads, groups = rng.randint(1, 3), rng.randint(1, 3), rng.choice((1, 2, 4))
         queries, width = rng.choice((1, 1, 3, 9)), rng.choice((8, 16, 40))
-        keys = rng.choice(
-            [count for count in range(2, 70) if count not in (queries, width)]
-        )  # shapes tell inputs apart
+        # Shapes tell inputs apart.
+        keys = rng.choice([count for count in range(2, 70) if count not in (queries, width)])
         dtype = rng.choice((torch.bfloat16, torch.float16, torch.float32))
         softcap, sinks = rng.choice((None, None, 1.5, 30.0)), rng.random() < 0.4
-        spelling = rng.choice((hugging_face, tokens_first, torch.repeat_interleave))
-        repeat = (lambda x: spelling(x, groups, 1)) if spelling is torch.repeat_interleave else (
-            lambda x: spelling(x, groups)
-        )  # fmt: skip
+        spelling = rng.choice((hugging_face, tokens_first, interleaved))
         turned = rng.choice((lambda x: x.transpose(2, 3), lambda x: x.mT.contiguous()))
-        model = Eager(repeat=repeat, softcap=softcap, sinks=sinks, turned=turned)
+        model = Eager(repeat=lambda x: spelling(x, groups), softcap=softcap, sinks=sinks, turned=turned)
         q = randn(batch, heads * groups, queries, width, dtype=dtype, seed=seed)
         k, v = (randn(batch, heads, keys, width, dtype=dtype, seed=seed + step) for step in (1, 2))
         shape = (rng.choice((1, batch)), rng.choice((1, 1, heads * groups)), rng.choice((1, queries)), keys)

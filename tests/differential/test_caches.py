@@ -4,8 +4,8 @@ under other circumstances.
 
 import os
 import random
-import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import fuseplan
 from fuseplan.config import PassConfig
-from fuseplan.providers import Offer, Provider
+from fuseplan.providers import Offer
 from fuseplan.record import Reason, Refusal, Report
 from tests.differential.settings import MINE, NormRelu
 from tests.helpers import llama
@@ -26,42 +26,27 @@ HELD = {"scale": 1.0}
 BY_DAY = 3
 
 
+KINDS = ("environment", "file", "module", "slots", "tensor", "closure")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
 class Slotted:
     __slots__ = ("scale",)
-
-    def __init__(self) -> None:
-        self.scale = 1.0
+    scale: float
 
 
-class Circumstances:
-    """Where a function of the user's looks up a number.
-
-    Args:
-        kind: `environment`, `file`, `module`, `slots`, `tensor` or `closure`.
-        folder: for a file.
-    """
-
-    KINDS = ("environment", "file", "module", "slots", "tensor", "closure")
-
-    def __init__(self, kind: str, folder: Path) -> None:
-        self.kind, self.path = kind, folder / "scale"
-        self.slotted, self.tensor, self.held = Slotted(), torch.ones(()), [1.0]
-
-    def set(self, scale: float) -> None:
-        os.environ[VARIABLE] = str(scale)
-        self.path.write_text(str(scale))
-        HELD["scale"] = self.slotted.scale = self.held[0] = scale
-        self.tensor.fill_(scale)
-
-    @property
-    def look_up(self) -> Callable[[], float]:
-        path, slotted, tensor, held = self.path, self.slotted, self.tensor, self.held
-        kinds: dict[str, Callable[[], float]] = {
-            "environment": lambda: float(os.environ[VARIABLE]), "file": lambda: float(path.read_text()),
-            "module": lambda: HELD["scale"], "slots": lambda: slotted.scale, "tensor": lambda: float(tensor),
-            "closure": lambda: held[0],
-        }  # fmt: skip
-        return kinds[self.kind]
+def circumstances(kind: str, folder: Path) -> tuple[Callable[[float], object], Callable[[], float]]:
+    """Sets a number, and looks it up, where a function of the user's may have it."""
+    path, slotted, tensor, held = folder / "scale", Slotted(), torch.ones(()), {"scale": 1.0}
+    kinds: dict[str, tuple[Callable[[float], object], Callable[[], float]]] = {
+        "environment": (lambda scale: os.environ.update({VARIABLE: str(scale)}), lambda: float(os.environ[VARIABLE])),
+        "file": (lambda scale: path.write_text(str(scale)), lambda: float(path.read_text())),
+        "module": (lambda scale: HELD.update(scale=scale), lambda: HELD["scale"]),
+        "slots": (lambda scale: setattr(slotted, "scale", scale), lambda: slotted.scale),
+        "tensor": (tensor.fill_, lambda: float(tensor)),
+        "closure": (lambda scale: held.update(scale=scale), lambda: held["scale"]),
+    }
+    return kinds[kind]
 
 
 def model(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,10 +83,7 @@ def as_gate(look_up: Callable[[], float]) -> dict[str, Any]:
     def accepts(m: Any) -> Refusal | None:
         return Refusal(reason=Reason.SIZE, detail="not today") if look_up() > 4 else None
 
-    offers = {name: Offer(accepts=accepts) for name in MINE.implements}
-    gated = Provider(
-        name="mine", description="", vendors=frozenset({"cpu"}), package=None, install="", implements=offers
-    )  # fmt: skip
+    gated = replace(MINE, implements={name: Offer(accepts=accepts) for name in MINE.implements})
     return {"rules": [NormRelu()], "providers": [gated], "config": PassConfig(policy="ordered(norm_relu)")}
 
 
@@ -118,13 +100,6 @@ def seen(arguments: dict[str, Any]) -> tuple[list[Tensor], list[dict[str, int]]]
     return list(results), [{rule: count for rule, count in report.fused.items() if count} for report in reports]
 
 
-@pytest.fixture(autouse=True)
-def untroubled() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 @pytest.mark.parametrize(
     "index", [pytest.param(index, marks=[pytest.mark.nightly] * (index >= BY_DAY)) for index in range(60)]
 )
@@ -133,14 +108,14 @@ def test_a_warm_cache_knows_the_circumstances(
 ) -> None:
     seed = first_seed + index
     rng = random.Random(seed)
-    kind, door = rng.choice(Circumstances.KINDS), rng.choice(DOORS)
-    circumstances = Circumstances(kind, tmp_path)
+    kind, door = rng.choice(KINDS), rng.choice(DOORS)
+    change, look_up = circumstances(kind, tmp_path)
     monkeypatch.setenv(VARIABLE, "1")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "fuseplan"))
     for scale in rng.sample((3.0, 5.0), 2):
-        circumstances.set(scale)
-        results, fused = seen(door(circumstances.look_up))
+        change(scale)
+        results, fused = seen(door(look_up))
         case = f"seed {seed}: {door.__name__} that looks at the {kind}: {scale}"
         if door in (as_pass, as_hook):
             assert float(results[1][0, 0]) == pytest.approx(scale, rel=1e-3), case

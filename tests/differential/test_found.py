@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fuseplan.config import PassConfig
 from tests.differential.checking import Interpreted
-from tests.differential.norms import NORMS, mean_square, of_sum
+from tests.differential.norms import NORMS, by, mean_square, of_sum
 from tests.differential.recording import record
 from tests.differential.settings import ONE_ROUNDING, Setting
 from tests.differential.vocabulary import turned
@@ -45,10 +45,7 @@ PADDED: dict[str, tuple[Norm, dict[str, int] | None, dict[str, int] | None]] = {
     # Rounded, one plus a weight is the weight; a multiple of it is no convention.
     "one added": (NORMS["narrow_one_added"], {"act_padding": 1}, None),
     "a multiple added": (NORMS["scaled_one_added"], None, None),
-    "epsilon": (
-        of_sum(lambda x, total, wide, w: w * (wide * torch.rsqrt(torch.add(mean_square(wide), 0.25))).to(x.dtype)),
-        {"act_padding": 1}, None,
-    ),
+    "epsilon": (of_sum(by(lambda wide: torch.rsqrt(torch.add(mean_square(wide), 0.25)))), {"act_padding": 1}, None),
     "twice epsilon": (NORMS["scaled_epsilon"], {}, None),
     "two epsilons": (NORMS["two_epsilons"], {}, None),
     "squared in bfloat16": (NORMS["narrow"], {}, {"act_padding": 1}),

@@ -4,8 +4,6 @@ kernels, interpreted, codes next to the exact values.
 
 import importlib.util
 import json
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,12 +17,7 @@ MANY = 500
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 
-@pytest.fixture(autouse=True)
-def untroubled() -> Iterator[None]:
-    """Random shapes do what torch warns of."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+pytestmark = pytest.mark.filterwarnings("ignore")  # random shapes do what torch warns of
 
 
 def right(found: dict[str, Any], count: int) -> None:

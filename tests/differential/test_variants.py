@@ -1,20 +1,14 @@
 """One block written in several ways: whatever its author chose, the same is matched in it."""
 
 import random
-from collections import Counter
-from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
-import fuseplan
 from fuseplan.config import PassConfig
 from fuseplan.record import Report
 from tests.differential.program import Program, Spec
 from tests.differential.recording import record_program
 from tests.differential.settings import Setting
-from tests.differential.structures import block
 
 WEIGHTED = ("llama", "gpt_oss", "power_of_half", "power_of_function", "built_in")
 UNWEIGHTED = ("without_weight", "power_without_weight")
@@ -64,35 +58,3 @@ def test_how_a_block_is_written_changes_no_match(form: str, count: int, one_rank
         found += bool(usual)
         assert others == usual, f"of {first}\n{usual} is matched; of\n{other}\n{others}"
     assert found >= count / 2
-
-
-def layer(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A block that keeps its norm to itself: what leaves a region has to lie in memory of its own."""
-    padded, y, residual = block(x, residual, weight)
-    return torch.tanh(y) + padded[..., -1:], residual
-
-
-class Layers(nn.Module):
-    """Blocks one after the other, each compiled by itself or not."""
-
-    def __init__(self, count: int, width: int, *, nested: bool) -> None:
-        super().__init__()
-        self.weights = nn.ParameterList(torch.ones(width) for _ in range(count))
-        self.block = torch.compiler.nested_compile_region(layer) if nested else layer
-
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        for weight in self.weights:
-            x, residual = self.block(x, residual, weight)
-        return x, residual
-
-
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_regions_that_are_compiled_once_count_as_often_as_they_are_called(count: int) -> None:
-    config, x = PassConfig(policy="ordered(act_padding)"), torch.randn(4, 32)
-    lines = []
-    for nested in (False, True):
-        model = Layers(count, 32, nested=nested).requires_grad_(False)
-        report = fuseplan.explain(model, x, x.clone(), config=config, device="h200")
-        lines.append((Counter(report.fused)["act_padding"], round(report.saved_us, 3)))
-    assert lines[0] == lines[1]
-    assert lines[0][0] == count

@@ -9,14 +9,13 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._higher_order_ops.while_loop import while_loop
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed import distributed_c10d
 from torch.nn import functional as F
 
 from tests.differential.norms import NORMS, own_epsilon
-from tests.differential.structures import STRUCTURES
-from tests.differential.writers import WRITERS
-from tests.helpers import all_reduce, quantize, quantize_rows
+from tests.helpers import all_reduce, llama, quantize, quantize_rows
 
 
 def largest(x: Tensor, group: str) -> Tensor:
@@ -69,26 +68,15 @@ def codes(scaled: Tensor) -> Tensor:
     return scaled.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
 
 
-def quantize_all(x: Tensor) -> tuple[Tensor, Tensor]:
-    """One scale for all rows, from their largest element."""
-    scale = (x.abs().amax().float() / 448.0).clamp(min=1e-6)
-    return codes(x.float() / scale), scale
+RowQuant = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def quantize_rows_divided(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = (x.float().abs().amax(-1, keepdim=True) / 448.0).clamp(min=1e-6)
-    return codes(x.float() / scale), scale
+def by_scale(scale_of: Callable[[Tensor], Tensor]) -> RowQuant:
+    def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = scale_of(x)
+        return codes(x.float() / scale), scale
 
-
-def quantize_rows_by_others(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales of half of the elements, for all of them."""
-    scale = (x[..., ::2].abs().amax(-1, keepdim=True).float() / 448.0).clamp(min=1e-6)
-    return codes(x.float() / scale), scale
-
-
-def quantize_rows_max(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = (x.abs().max(-1, keepdim=True)[0].float() / 448.0).clamp(min=1e-6)
-    return codes(x.float() / scale), scale
+    return quantise
 
 
 def quantize_rows_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,39 +88,36 @@ def quantize_rows_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes(x / scale), scale
 
 
-def quantize_rows_bounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = x.abs().amax(-1, keepdim=True).float().clamp(1e-4, 2.0) / 448.0
-    return codes(x.float() / scale), scale
+def in_fours(x: Tensor) -> Tensor:
+    """Groups of four where they divide a row."""
+    return x.unflatten(-1, (-1, 4 if x.shape[-1] % 4 == 0 else x.shape[-1]))
 
 
 def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Groups of four where they divide a row."""
-    groups = x.unflatten(-1, (-1, 4 if x.shape[-1] % 4 == 0 else x.shape[-1]))
+    groups = in_fours(x)
     scale = (groups.abs().amax(-1, keepdim=True).float() / 448.0).clamp(min=1e-6)
-    codes = (groups.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
-    return codes.flatten(-2), scale.squeeze(-1)
+    return codes(groups.float() / scale).flatten(-2), scale.squeeze(-1)
 
 
 def quantize_groups_columns(x: Tensor) -> tuple[Tensor, Tensor]:
     """Scales lie column by column where that is said of a matrix, each column padded."""
-    codes, scale = quantize_groups(x)
+    values, scale = quantize_groups(x)
     if scale.dim() != 2:
-        return codes, scale.transpose(-1, -2).contiguous().transpose(-1, -2)
+        return values, turned(scale)
     rows = scale.shape[0]
     moved = scale.new_empty((scale.shape[1], (rows + 3) // 4 * 4)).t()
     moved[:rows] = scale
-    return codes, moved[:rows]
+    return values, moved[:rows]
 
 
 def quantize_groups_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    groups = x.unflatten(-1, (-1, 4 if x.shape[-1] % 4 == 0 else x.shape[-1]))
-    codes, scale = quantize_rows_rounded(groups)
-    return codes.flatten(-2), scale.squeeze(-1)
+    values, scale = quantize_rows_rounded(in_fours(x))
+    return values.flatten(-2), scale.squeeze(-1)
 
 
 def microscaled(x: Tensor) -> Tensor:
     """MXFP8 and back, in groups of four where these divide a row: a scale alone would jump where it is rounded up."""
-    groups = x.unflatten(-1, (-1, 4 if x.shape[-1] % 4 == 0 else x.shape[-1]))
+    groups = in_fours(x)
     wanted = groups.abs().amax(-1).unsqueeze(-1).float() / 448.0
     finite = (torch.ceil(torch.log2(wanted)).clamp(-127, 127) + 127).to(torch.uint8)
     exponent = torch.where(wanted.isnan(), 255, torch.where(wanted.isinf(), 254, finite))
@@ -151,10 +136,21 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (q.float() * scale).to(dtype)
 
 
-ROW_QUANTS = {quant.__name__: quant for quant in (
-    quantize_rows, quantize_rows_divided, quantize_rows_max, quantize_rows_rounded, quantize_rows_bounded,
-    quantize_groups, quantize_groups_rounded, quantize_groups_columns, quantize_rows_by_others, quantize_all,
-)}  # fmt: skip
+ROW_QUANTS: dict[str, RowQuant] = {
+    "quantize_rows": quantize_rows,
+    "quantize_rows_divided": by_scale(lambda x: (x.float().abs().amax(-1, keepdim=True) / 448.0).clamp(min=1e-6)),
+    "quantize_rows_max": by_scale(lambda x: (x.abs().max(-1, keepdim=True)[0].float() / 448.0).clamp(min=1e-6)),
+    "quantize_rows_rounded": quantize_rows_rounded,
+    "quantize_rows_bounded": by_scale(lambda x: x.abs().amax(-1, keepdim=True).float().clamp(1e-4, 2.0) / 448.0),
+    "quantize_groups": quantize_groups,
+    "quantize_groups_rounded": quantize_groups_rounded,
+    "quantize_groups_columns": quantize_groups_columns,
+    # Of half of the elements, for all of them; and one of all rows.
+    "quantize_rows_by_others": by_scale(
+        lambda x: (x[..., ::2].abs().amax(-1, keepdim=True).float() / 448.0).clamp(min=1e-6)
+    ),
+    "quantize_all": by_scale(lambda x: (x.abs().amax().float() / 448.0).clamp(min=1e-6)),
+}
 QUANTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "quantize": quantize,
     # Twice clamped: what is quantised is never negative, or less than fp8 holds, by bounds that are named.
@@ -206,13 +202,160 @@ def attend(y: Tensor) -> Tensor:
     return torch.matmul(torch.softmax(scores, -1).to(y.dtype), y)
 
 
+# What programs do through higher-order ops of torch, and views of other dtypes. Outside of a compiled model each
+# function does the same in plain Python, so that it can be computed without rounding.
+
+
+def block(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(a norm's padded twin, the norm, the sum): what can be fused."""
+    y, total = llama(x, residual, weight)
+    return F.pad(y, (0, 8)), y, total
+
+
+def padded_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    y, _ = llama(x, None, weight)
+    return F.pad(y, (0, 8)), y
+
+
+def padded_half(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    y = x * 0.5
+    return F.pad(y, (0, 8)), y
+
+
+def either(ids: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """One of two branches, which the ids choose."""
+    if not torch.compiler.is_compiling():
+        return (padded_norm if bool(ids.sum() % 2 == 0) else padded_half)(x, weight)
+    result: tuple[Tensor, Tensor] = torch.cond(ids.sum() % 2 == 0, padded_norm, padded_half, (x, weight))
+    return result
+
+
+def repeated(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Three norms, one after the other. x: dense."""
+    padded = F.pad(x, (0, 8))
+    if not torch.compiler.is_compiling():
+        for _ in range(3):
+            padded, x = padded_norm(x * 0.5, weight)
+        return padded, x
+    count = torch.zeros((), dtype=torch.int64)
+    _, padded, x = while_loop(
+        lambda i, padded, y: i < 3, lambda i, padded, y: (i + 1, *padded_norm(y * 0.5, weight)), (count, padded, x)
+    )  # fmt: skip
+    return padded, x
+
+
+_nested = torch.compiler.nested_compile_region(block)
+
+
+def region(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A block that is compiled once, however often it is called."""
+    if not torch.compiler.is_compiling():
+        return block(x, residual, weight)
+    result: tuple[Tensor, Tensor, Tensor] = _nested(x, residual, weight)
+    return result
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def reversed_bits(x: Tensor) -> Tensor:
+    """x from right to left, moved as whole numbers."""
+    return x.view(_BITS[x.element_size()]).flip(-1).view(x.dtype)
+
+
+def through_bytes(x: Tensor) -> Tensor:
+    """A copy of x, byte by byte."""
+    return x.view(torch.uint8).clone().view(x.dtype)
+
+
+def cleared_bits_(x: Tensor) -> Tensor:
+    """Zeroes the first column of x by a view of it as whole numbers."""
+    x.view(_BITS[x.element_size()])[..., :1].zero_()
+    return x + 1
+
+
+# Ops of somebody's own that write to their arguments, or read them as they lie in memory.
+
+_LIBRARY = torch.library.Library("differential", "FRAGMENT")
+_LIBRARY.define("stamp(Tensor(a!) x, Tensor v) -> ()")
+_LIBRARY.define("stamp_all(Tensor(a!)[] xs) -> ()")
+
+
+def _stamp(x: Tensor, v: Tensor) -> None:
+    x.add_(v)
+
+
+def _stamp_all(xs: list[Tensor]) -> None:
+    for x in xs:
+        x.mul_(0.5)
+
+
+_LIBRARY.impl("stamp", _stamp, "CompositeExplicitAutograd")
+_LIBRARY.impl("stamp_all", _stamp_all, "CompositeExplicitAutograd")
+
+
+@torch.library.custom_op("differential::mark", mutates_args=("x",))
+def mark(x: Tensor) -> None:
+    """Somebody's op that writes to what it is given."""
+    x[..., 0].fill_(0.25)
+
+
+@torch.library.custom_op("differential::move", mutates_args=("x", "y"))
+def move(x: Tensor, y: Tensor) -> Tensor:
+    """Writes to two arguments, and returns a third value."""
+    x.mul_(0.5)
+    y.add_(0.25)
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@move.register_fake
+def _(x: Tensor, y: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("differential::read_memory", mutates_args=())
+def read_memory(x: Tensor) -> Tensor:
+    """-x, by a kernel that takes for granted that rows lie one after the other."""
+    return -x.as_strided((x.numel(),), (1,)).reshape(x.shape)
+
+
+@read_memory.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def marked_(x: Tensor) -> Tensor:
+    mark(x)
+    return x.clone()
+
+
+def stamped_(x: Tensor, v: Tensor) -> None:
+    torch.ops.differential.stamp(x, v)
+
+
+def all_stamped_(*xs: Tensor) -> None:
+    torch.ops.differential.stamp_all(list(xs))
+
+
+def moved_(x: Tensor, y: Tensor) -> Tensor:
+    result: Tensor = move(x, y)
+    return result
+
+
+def read_by_memory(x: Tensor) -> Tensor:
+    """-x; only a dense tensor is handed to the kernel."""
+    result: Tensor = read_memory(x if x.is_contiguous() else x.contiguous())
+    return result
+
+
 NAMES: dict[str, Callable[..., object]] = {
-    **NORMS, **QUANTS, **ROW_QUANTS, **GATED, **WRITERS, **STRUCTURES,
+    **NORMS, **QUANTS, **ROW_QUANTS, **GATED,
     **{
         each.__name__: each
         for each in (
-            turned, padded_by_cat, padded_by_copy, dequantize, microscaled, experts, routed_experts, best_shares,
-            attend, relu_of_product, own_epsilon, deepened,
+            marked_, stamped_, all_stamped_, moved_, read_by_memory, either, repeated, region, reversed_bits,
+            through_bytes, cleared_bits_, turned, padded_by_cat, padded_by_copy, dequantize, microscaled, experts,
+            routed_experts, best_shares, attend, relu_of_product, own_epsilon, deepened,
         )
     },
 }  # fmt: skip

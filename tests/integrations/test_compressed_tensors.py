@@ -5,19 +5,18 @@ precision. Every layer's `forward` swaps its weight by an object that Dynamo doe
 each layer.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fuseplan
 from tests.helpers import randn
-from tests.integrations.quantised import LAYERS, Block, blocks, quiet
+from tests.integrations.quantised import LAYERS, RULES, Block, blocks, fused, quiet, refusals_of
 from tests.interpreted import no_code
 
 WIDTH, INNER = 256, 512
@@ -61,22 +60,6 @@ def compressed(quantisation: Any, model: nn.Module, scheme: str) -> nn.Module:
     return model
 
 
-def fused(
-    model: nn.Module, x: Tensor, code: AbstractContextManager[None] | None = None
-) -> tuple[dict[str, int], set[str], Any, Any]:
-    """Counts by rule, fused ops, and results of the compiled model and of the model itself."""
-    reports = list[fuseplan.Report]()
-    with torch.inference_mode(), warnings.catch_warnings(), code or nullcontext():
-        warnings.simplefilter("ignore")
-        torch._dynamo.reset()
-        config = fuseplan.PassConfig(policy="ordered(norm_quant, act_quant)")
-        compiled = fuseplan.compile(model, config=config, on_report=reports.append)
-        got, wanted = compiled(x), model(x)
-    counts = {rule: sum(report.fused[rule] for report in reports) for rule in ("norm_quant", "act_quant")}
-    applied = {str(one.op) for report in reports for graph in report.graphs for one in graph.applied}
-    return counts, applied, got, wanted
-
-
 @pytest.mark.parametrize(
     ("scheme", "kind"),
     [("FP8_DYNAMIC", "dynamic_fp8_quant"), ("FP8_BLOCK", "group_fp8_quant"), ("FP8", "static_fp8_quant")],
@@ -89,7 +72,7 @@ def test_every_norm_and_activation_quantises(quantised: Quantise, scheme: str, k
         if isinstance(layer, Block) and scheme == "FP8":
             layer.up.input_scale = layer.gate.input_scale  # a scale is of what is read, not of who reads it
     counts, applied, got, wanted = fused(model, randn(2, 3, WIDTH))
-    assert counts == {"norm_quant": LAYERS, "act_quant": LAYERS}
+    assert counts == dict.fromkeys(RULES, LAYERS)
     assert applied == {f"rms_norm_{kind}", f"fused_add_rms_norm_{kind}", f"silu_and_mul_{kind}"}
     assert torch.equal(got, wanted)
 
@@ -103,7 +86,7 @@ def test_a_plan_leaves_rows_to_inductor_that_are_restored_at_once(quantised: Qua
 
 def test_a_graph_ends_at_each_of_its_layers(quantisation: Any) -> None:
     counts, applied, *_ = fused(model_of(quantisation, "FP8_DYNAMIC"), randn(2, 3, WIDTH))
-    assert counts == {"norm_quant": 0, "act_quant": 0}
+    assert counts == dict.fromkeys(RULES, 0)
     assert applied == set()
 
 
@@ -124,9 +107,7 @@ def test_what_is_left_alone_is_named(quantised: Quantise, scheme: str, shape: tu
     """Of rows without a batch, a scale a token is one of all of them; a given scale comes with a zero point. Codes in
     fp4 are numbers throughout.
     """
-    report = fuseplan.explain(quantised(scheme), randn(*shape), device="h200")
-    assert report.fused["norm_quant"] == report.fused["act_quant"] == 0
-    details = {refusal.detail for graph in report.graphs for refusal in graph.refusals}
+    details = refusals_of(quantised(scheme), randn(*shape), "h200")
     assert any(says in detail for detail in details), details
 
 

@@ -3,7 +3,7 @@
 import importlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from fuseplan.rules.parts.mx_fp4 import per_token_mx_fp4_quant
 from fuseplan.rules.parts.mx_fp8 import per_token_mx_fp8_quant
 from fuseplan.rules.parts.nv_fp4 import per_token_nv_fp4_quant
 from tests.helpers import post_grad, randn
-from tests.integrations.quantised import LAYERS, blocks, quiet
+from tests.integrations.quantised import LAYERS, RULES, blocks, fused, quiet, refusals_of
 from tests.interpreted import no_code
 from tests.rules.parts.microscaling import inputs
 
@@ -35,10 +35,14 @@ def torchao() -> Iterator[Any]:
         yield library
 
 
+def module(name: str) -> Any:
+    return importlib.import_module(f"torchao.{name}")
+
+
 @pytest.fixture
 def on_cpu(torchao: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """torchao without a look at the hardware, and with a product of blocks that a CPU can do."""
-    layers = importlib.import_module("torchao.quantization.quantize_.workflows.float8.float8_tensor")
+    layers = module("quantization.quantize_.workflows.float8.float8_tensor")
     monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda granularity: None)
     monkeypatch.setattr(layers, "blockwise_fp8_gemm", multiplied)
     return torchao
@@ -52,27 +56,12 @@ def multiplied(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor,
     return product.bfloat16()
 
 
-def fused(report: fuseplan.Report) -> dict[str, int]:
-    return {rule: count for rule, count in report.fused.items() if count}
-
-
 def kinds_in(model: nn.Module, code: AbstractContextManager[None] | None = None) -> set[str]:
     """The ops that all norms and activations of compiled blocks become, held to what the blocks compute."""
-    reports, x = list[fuseplan.Report](), randn(6, WIDTH)
-    with torch.inference_mode(), code or nullcontext():
-        torch._dynamo.reset()
-        config = fuseplan.PassConfig(policy="ordered(norm_quant, act_quant)")
-        got = fuseplan.compile(model, config=config, on_report=reports.append)(x)
-        torch.testing.assert_close(got, model(x), rtol=0.02, atol=0.02)
-    assert fused(reports[-1]) == {"norm_quant": LAYERS, "act_quant": LAYERS}
-    return {str(one.op) for graph in reports[-1].graphs for one in graph.applied}
-
-
-def refusals_of(model: nn.Module, device: str) -> set[str]:
-    """Why nothing of it is quantised by what stands before."""
-    report = fuseplan.explain(model, randn(6, WIDTH), device=device)
-    assert not report.fused["norm_quant"] + report.fused["act_quant"]
-    return {refusal.detail for graph in report.graphs for refusal in graph.refusals}
+    counts, kinds, got, wanted = fused(model, randn(6, WIDTH), code)
+    torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02)
+    assert counts == dict.fromkeys(RULES, LAYERS)
+    return kinds
 
 
 def quantized(torchao: Any, granularity: Any, **more: Any) -> nn.Module:
@@ -97,7 +86,7 @@ def test_codes_in_e5m2_are_fused(on_cpu: Any) -> None:
 
 
 def test_one_scale_of_all_rows_is_named(on_cpu: Any) -> None:
-    details = refusals_of(quantized(on_cpu, on_cpu.PerTensor()), "h200")
+    details = refusals_of(quantized(on_cpu, on_cpu.PerTensor()), randn(6, WIDTH), "h200")
     assert any("the scale is computed from all rows at once" in detail for detail in details)
 
 
@@ -126,7 +115,7 @@ def decoded(
         compiled = Step(model, work, fuseplan.compile(model, config=config, on_report=reports.append))
         got, wanted = compiled(), Step(model, work, model)()
         assert (got - wanted).norm() < 0.1 * wanted.norm()
-    assert fused(reports[-1]) == {rule: count * LAYERS for rule, count in rules.items()}
+    assert +Counter(reports[-1].fused) == {rule: count * LAYERS for rule, count in rules.items()}
     return model, compiled, reports[-1]
 
 
@@ -160,9 +149,9 @@ every_scaling = pytest.mark.parametrize("scaling", ["FLOOR", "CEIL", "EVEN", "RC
 @pytest.mark.parametrize("bits", [8, 4])
 def test_every_norm_and_activation_is_quantised_to_microscaled_formats(torchao: Any, scaling: str, bits: int) -> None:
     """Products are emulated: the kernels of others take Blackwell. Inductor makes no code for E8M0 on a CPU."""
-    mx = importlib.import_module("torchao.prototype.mx_formats")
-    config = importlib.import_module("torchao.prototype.mx_formats.config")
-    kernels = importlib.import_module("torchao.quantization.quantize_.common")
+    mx = module("prototype.mx_formats")
+    config = module("prototype.mx_formats.config")
+    kernels = module("quantization.quantize_.common")
     model = blocks(WIDTH, INNER)
     dtype = torch.float8_e4m3fn if bits == 8 else torch.float4_e2m1fn_x2
     how = mx.MXDynamicActivationMXWeightConfig(
@@ -177,9 +166,9 @@ def test_every_norm_and_activation_is_quantised_to_microscaled_formats(torchao: 
 @pytest.mark.parametrize(("dtype", "scaling"), [("float8_e4m3fn", "FLOOR"), ("float8_e5m2", "RCEIL"), ("fp4", "EVEN")])
 def test_its_scales_in_tiles_are_written_by_the_norm(torchao: Any, dtype: str, scaling: str) -> None:
     """By its own `to_mx` with `is_swizzled_scales`, and by its `to_blocked` behind it."""
-    tensors = importlib.import_module("torchao.prototype.mx_formats.mx_tensor")
-    utils = importlib.import_module("torchao.prototype.mx_formats.utils")
-    mode = importlib.import_module("torchao.prototype.mx_formats.config").ScaleCalculationMode[scaling]
+    tensors = module("prototype.mx_formats.mx_tensor")
+    utils = module("prototype.mx_formats.utils")
+    mode = module("prototype.mx_formats.config").ScaleCalculationMode[scaling]
     code = torch.float4_e2m1fn_x2 if dtype == "fp4" else getattr(torch, dtype)
     norm = nn.RMSNorm(WIDTH, eps=1e-6).bfloat16()
 
@@ -213,8 +202,8 @@ def test_codes_in_fp4_are_those_of_its_own_function(
     torchao: Any, scaling: str, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     """Zeros, infinity, NaN, numbers below the normal ones, ties and their neighbours, and rows apart in memory."""
-    tensors = importlib.import_module("torchao.prototype.mx_formats.mx_tensor")
-    mode = importlib.import_module("torchao.prototype.mx_formats.config").ScaleCalculationMode[scaling]
+    tensors = module("prototype.mx_formats.mx_tensor")
+    mode = module("prototype.mx_formats.config").ScaleCalculationMode[scaling]
     for kind, given in {**inputs(), "apart": randn(6, 2 * WIDTH, dtype=torch.float32)[:, ::2]}.items():
         x = given[..., : shape[-1]].to(dtype)
         x = x.expand(2, *x.shape) if len(shape) == 3 else x
@@ -232,7 +221,7 @@ def product_in_float(a: Any, b: Any, op: Any, bias: Tensor | None = None) -> Ten
 
 
 def in_nvfp4(torchao: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> nn.Module:
-    mx = importlib.import_module("torchao.prototype.mx_formats")
+    mx = module("prototype.mx_formats")
     workflow = "torchao.prototype.mx_formats.inference_workflow"
     monkeypatch.setattr(f"{workflow}.is_sm_at_least_100", lambda: True)
     monkeypatch.setattr("torchao.prototype.mx_formats.nvfp4_tensor._addmm_nvfp4_dispatch", product_in_float)
@@ -263,15 +252,15 @@ def test_every_norm_and_activation_is_quantised_to_nvfp4(
 
 
 def test_a_global_scale_of_all_rows_is_named(torchao: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    details = refusals_of(in_nvfp4(torchao, monkeypatch), "b200")
+    details = refusals_of(in_nvfp4(torchao, monkeypatch), randn(6, WIDTH), "b200")
     assert any("the global scale is computed from all rows at once" in detail for detail in details), details
 
 
 @pytest.mark.parametrize("whole", [None, 0.02])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_codes_in_nvfp4_are_those_of_its_own_function(torchao: Any, whole: float | None, dtype: torch.dtype) -> None:
-    nvfp4 = importlib.import_module("torchao.prototype.mx_formats.nvfp4_tensor")
-    utils = importlib.import_module("torchao.prototype.mx_formats.utils")
+    nvfp4 = module("prototype.mx_formats.nvfp4_tensor")
+    utils = module("prototype.mx_formats.utils")
     scale = None if whole is None else torch.tensor(whole)
     for kind, given in {**inputs(), "apart": randn(6, 2 * WIDTH, dtype=torch.float32)[:, ::2]}.items():
         x = given[:, :112].to(dtype)

@@ -15,14 +15,9 @@ from fuseplan.integrations import transformers as huggingface
 
 LAYERS, HIDDEN, HEAD = 2, 64, 16
 COMMON = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": 128,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": HEAD,
-    "vocab_size": 128,
-}
+    "hidden_size": HIDDEN, "intermediate_size": 128, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": HEAD, "vocab_size": 128,
+}  # fmt: skip
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 ROUNDOFF = 2**-8
@@ -94,16 +89,12 @@ CASES = {
     "phi3": Case({"model_type": "phi3", "pad_token_id": 0, **COMMON}, distribution={}),
     "qwen3_moe": Case(
         {
-            "model_type": "qwen3_moe",
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 128,
-            "norm_topk_prob": True,
-            **COMMON,
+            "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128,
+            "norm_topk_prob": True, **COMMON,
         },
         head_norms=2,
     ),
-}
+}  # fmt: skip
 
 
 def norms(recognized: Mapping[str, int]) -> dict[str, int]:

@@ -4,16 +4,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
-import fuseplan
-
-LAYERS, CACHE, PROMPT = 2, 32, 7
+ROWS, LAYERS, CACHE, PROMPT = 3, 2, 32, 7
 COMMON: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 8,
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "initializer_range": 0.3,
 }  # fmt: skip
-IDS = (torch.arange(3 * PROMPT).reshape(3, PROMPT) * 11) % 64
+IDS = (torch.arange(ROWS * 12).reshape(ROWS, 12) * 11) % 64
 
 
 def built(model_type: str, **settings: Any) -> Any:
@@ -23,14 +21,24 @@ def built(model_type: str, **settings: Any) -> Any:
     return AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
 
 
-def check_generated(model: Any, ids: Tensor, **how: Any) -> list[fuseplan.Report]:
-    """Equal tokens with and without `fuseplan.compile`, whose reports are returned."""
-    asked: dict[str, Any] = {
-        "max_new_tokens": 12, "do_sample": False, "cache_implementation": "static", "disable_compile": True,
-        "pad_token_id": 0,
+def step(model: Any, queries: int = 1, batch: int = ROWS, prompt: int = PROMPT, padded: int = 0) -> dict[str, Any]:
+    """The arguments of one step behind a prompt whose second row is padded at the left."""
+    cache = StaticCache(config=model.config, max_cache_len=CACHE)
+    mask = torch.ones(batch, prompt + queries, dtype=torch.long)
+    mask[1:2, :padded] = 0
+    with torch.no_grad():
+        model(input_ids=IDS[:batch, :prompt], attention_mask=mask[:, :prompt], past_key_values=cache)
+    return {
+        "input_ids": IDS[:batch, :queries], "position_ids": torch.arange(prompt, prompt + queries).expand(batch, -1),
+        "attention_mask": mask, "past_key_values": cache, "use_cache": True,
     }  # fmt: skip
-    expected = model.generate(ids, **asked)
-    reports: list[fuseplan.Report] = []
-    model.forward = fuseplan.compile(model.forward, on_report=reports.append, **how)
-    assert torch.equal(model.generate(ids, **asked), expected)
-    return reports
+
+
+def held(cache: Any) -> list[Tensor]:
+    """The keys and values of all layers."""
+    return [part for layer in cache.layers for part in (layer.keys, layer.values)]
+
+
+def assert_all_close(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for got, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)

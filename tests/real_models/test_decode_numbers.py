@@ -2,6 +2,7 @@
 how many graphs are compiled, and errors. The graphs are interpreted.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,14 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.torch_version import TorchVersion
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 import fuseplan
+from fuseplan.providers.attention import EFFICIENT_SHARES
 from tests.interpreted import no_code
 from tests.real_models import decoding
-from tests.real_models.decoding import COMMON
+from tests.real_models.decoding import COMMON, LAYERS, ROWS, assert_all_close, held, step
+from tests.traced import Traced
 
-ROWS, WINDOW = 3, 6
+WINDOW = 6
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"num_hidden_layers": 1}),
     "qwen3": ("qwen3", {"num_hidden_layers": 1}),
@@ -27,7 +31,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "query_pre_attn_scalar": 16,
         },
     ),
+    "sliding window": ("mistral", {"sliding_window": 5}),
 }  # fmt: skip
+SHARES = TorchVersion(torch.__version__) >= EFFICIENT_SHARES
+"""Whether torch's efficient attention takes unequal heads."""
 Call = Callable[..., Any]
 
 
@@ -52,6 +59,41 @@ def layers_of(model: Any) -> int:
     """One, but for models whose layers differ: `test_static_cache` has several alike."""
     layers: int = model.config.num_hidden_layers
     return layers
+
+
+@functools.cache
+def traced(name: str, dtype: torch.dtype) -> Traced:
+    model = built(name, dtype, num_hidden_layers=LAYERS)
+    return Traced(model, **step(model, padded=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "provider"),
+    [
+        ("llama", "cpu", torch.float32, "sdpa_packed"),
+        ("sliding window", "cpu", torch.float32, "sdpa_packed"),
+        pytest.param("qwen3", "cpu", torch.float32, "sdpa_packed", marks=pytest.mark.nightly),
+        ("llama", "h100", torch.bfloat16, "triton"),
+        # Where torch has it, efficient attention takes unequal heads.
+        (
+            "llama",
+            "h100",
+            torch.float32,
+            "sdpa" if TorchVersion(torch.__version__) >= EFFICIENT_SHARES else "sdpa_packed",
+        ),
+        ("llama", "mi300x", torch.bfloat16, "triton"),
+        ("llama", "mi300x", torch.float32, "sdpa_packed"),
+    ],
+)
+def test_it_is_planned_once_a_layer_by_the_kernel_that_is_priced_best(
+    name: str, device: str, dtype: torch.dtype, provider: str
+) -> None:
+    apart = fuseplan.PassConfig(fuse_cached_attention=None if device == "cpu" else False)
+    report = traced(name, dtype).explain(device=device, config=apart)
+    assert report.fused["grouped_attention"] == LAYERS
+    fusions = [each for each in report.graphs[0].applied if each.rule == "grouped_attention"]
+    assert [each.source for each in fusions] == [f"model.layers.{layer}.self_attn" for layer in range(LAYERS)]
+    assert {each.provider for each in fusions} == {provider}
 
 
 def fused(model: Any, reports: list[fuseplan.Report], **how: Any) -> Any:
@@ -80,12 +122,6 @@ def decoded(call: Call, model: Any, parts: list[int], *, room: int = 96, padded:
     return torch.cat(logits, dim=1), cache
 
 
-def assert_equal_caches(left: Any, right: Any) -> None:
-    for one, other in zip(left.layers, right.layers, strict=True):
-        torch.testing.assert_close(one.keys, other.keys, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(one.values, other.values, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.nightly)], ids=str)
 @by_day("llama", "qwen3", "gemma3")
 def test_logits_are_as_near_to_float64_as_plain_ones(name: str, dtype: torch.dtype) -> None:
@@ -99,29 +135,29 @@ def test_logits_are_as_near_to_float64_as_plain_ones(name: str, dtype: torch.dty
     assert 0 < errors[0] <= 1.05 * errors[1]
 
 
-@by_day("llama", "qwen3")
-def test_many_lengths_of_padded_rows_share_one_graph(name: str) -> None:
-    model, reports = built(name), list[fuseplan.Report]()
-    steps = [1] * 64
-    expected, plain = decoded(model, model, steps, padded=3)
-    actual, ours = decoded(fused(model, reports, fullgraph=True), model, steps, padded=3)
-    assert [report.fused["grouped_attention"] for report in reports] == [layers_of(model)]
+def graphs_of(model: Any, parts: list[int], plain_parts: list[int], *, padded: int = 0, **how: Any) -> int:
+    """How many graphs there are for what is decoded, so many tokens a call, held to the model as it is."""
+    reports = list[fuseplan.Report]()
+    expected, plain = decoded(model, model, plain_parts, padded=padded)
+    actual, ours = decoded(fused(model, reports, **how), model, parts, padded=padded)
+    assert all(report.fused["grouped_attention"] == layers_of(model) for report in reports)
     # What stands where there is padding means nothing: those queries see no key.
     for row in range(ROWS):
-        first = 3 * (row == 1)
+        first = padded * (row == 1)
         torch.testing.assert_close(actual[row, first:], expected[row, first:], rtol=1e-4, atol=1e-4)
-    assert_equal_caches(ours, plain)
+    assert_all_close(held(ours), held(plain))
+    return len(reports)
+
+
+@by_day("llama", "qwen3")
+def test_many_lengths_of_padded_rows_share_one_graph(name: str) -> None:
+    assert graphs_of(built(name), [1] * 64, [1] * 64, padded=3, fullgraph=True) == 1
 
 
 @pytest.mark.parametrize("parts", [[4, 9, 1], pytest.param([4, 4, 9, 3, 1], marks=pytest.mark.nightly)], ids=str)
 @by_day("llama", "qwen3", "gemma3")
 def test_a_prompt_in_chunks_is_what_it_is_as_a_whole(name: str, parts: list[int]) -> None:
-    model, reports = built(name), list[fuseplan.Report]()
-    expected, plain = decoded(model, model, [sum(parts)])
-    actual, ours = decoded(fused(model, reports), model, parts)
-    assert all(report.fused["grouped_attention"] == layers_of(model) for report in reports)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-    assert_equal_caches(ours, plain)
+    assert graphs_of(built(name), parts, [sum(parts)])
 
 
 @pytest.mark.parametrize(
@@ -129,16 +165,9 @@ def test_a_prompt_in_chunks_is_what_it_is_as_a_whole(name: str, parts: list[int]
     [["sliding_attention"], pytest.param(["sliding_attention", "full_attention"], marks=pytest.mark.nightly)],
 )
 def test_windows_slide_with_one_more_graph_at_their_edge(layer_types: list[str]) -> None:
-    model = built("gemma3", num_hidden_layers=len(layer_types), layer_types=layer_types)
-    reports = list[fuseplan.Report]()
-    steps = [1] * (3 * WINDOW)
-    expected, plain = decoded(model, model, steps)
-    actual, ours = decoded(fused(model, reports), model, steps)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-    assert_equal_caches(ours, plain)
-    assert [report.fused["grouped_attention"] for report in reports] == [layers_of(model)] * len(reports)
+    model, steps = built("gemma3", num_hidden_layers=len(layer_types), layer_types=layer_types), [1] * (3 * WINDOW)
     # One for the first length, one for those that follow, one for windows that are full.
-    assert len(reports) == 3
+    assert graphs_of(model, steps, steps) == 3
 
 
 @by_day("qwen3", "llama")

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import StaticCache
 
 import fuseplan
 from fuseplan.record import Report
 from tests.interpreted import no_code
 from tests.real_models import decoding
-from tests.real_models.decoding import CACHE, LAYERS, PROMPT, check_generated
+from tests.real_models.decoding import IDS, LAYERS, PROMPT, ROWS, assert_all_close, held, step
 from tests.traced import Traced
 
 GEMMA = {"query_pre_attn_scalar": 16, "sliding_window": 8}
@@ -29,25 +28,11 @@ OWN = ("gemma2", "gpt_oss")
 """Whose attention torch's kernels don't compute: soft-caps and sinks."""
 EITHER = ("eager_attention", "cached_eager_attention")
 """Attention alone, or with rotation and cache writes before it, where there are no norms between these."""
-IDS = (torch.arange(2 * 12).reshape(2, 12) * 11) % 64
 
 
 def built(name: str, dtype: torch.dtype = torch.float32, **further: Any) -> Any:
     model_type, own = MODELS[name]
     return decoding.built(model_type, attn_implementation="eager", **own, **further).to(dtype)
-
-
-def step(model: Any, queries: int = 1, batch: int = 2, prompt: int = PROMPT, padded: int = 0) -> dict[str, Any]:
-    """The arguments of one step behind a prompt whose first row is padded at the left."""
-    cache = StaticCache(config=model.config, max_cache_len=CACHE)
-    mask = torch.ones(batch, prompt + queries, dtype=torch.long)
-    mask[0, :padded] = 0
-    with torch.no_grad():
-        model(input_ids=IDS[:batch, :prompt], attention_mask=mask[:, :prompt], past_key_values=cache)
-    return {
-        "input_ids": IDS[:batch, :queries], "position_ids": torch.arange(prompt, prompt + queries).expand(batch, -1),
-        "attention_mask": mask, "past_key_values": cache, "use_cache": True,
-    }  # fmt: skip
 
 
 @functools.cache
@@ -79,21 +64,13 @@ def test_a_gpus_kernel_is_planned_once_a_layer_where_rounding_may_change(name: s
     assert (miss.count, miss.reason, miss.mend) == (LAYERS, "rounding", "set allow_rounding_changes")
 
 
+KINDS = [("gemma2", 1, 3, PROMPT), ("gemma2", 1, 1, 11), ("llama", 1, 1, PROMPT), ("gemma2", 3, 3, PROMPT),
+         ("gpt_oss", 1, 3, 9)]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "batch", "queries", "prompt"),
-    [
-        *(
-            pytest.param(*case, marks=pytest.mark.nightly)
-            for case in (
-                ("gemma2", 1, 3, PROMPT),
-                ("gemma2", 1, 1, 11),
-                ("llama", 1, 1, PROMPT),
-                ("gemma2", 2, 3, PROMPT),
-            )
-        ),
-        ("gpt_oss", 2, 1, 11),
-        pytest.param("gpt_oss", 1, 3, 9, marks=pytest.mark.nightly),
-    ],
+    [("gpt_oss", ROWS, 1, 11), *(pytest.param(*each, marks=pytest.mark.nightly) for each in KINDS)],
 )
 def test_steps_of_any_kind_are_recognised(name: str, batch: int, queries: int, prompt: int) -> None:
     """One sequence, a chunk of several tokens, and sliding windows that are full. At such sizes nothing is sure to be
@@ -146,72 +123,37 @@ def test_the_reference_in_a_models_graph_computes_what_the_model_does(name: str)
     check_computed(name, "torch", {"prompt": 9, "padded": 3}, force=("eager_attention:torch",), verify="always")
 
 
+def check_steps(name: str, steps: int, padded: int, *, coded: bool, **config: Any) -> list[Report]:
+    """What a model computes and caches in steps behind a prompt of four tokens, and the reports of its graphs."""
+    model = built(name)
+    reports: list[Report] = []
+    compiled = fuseplan.compile(model, config=fuseplan.PassConfig(**config), on_report=reports.append)
+    runs = []
+    with torch.no_grad(), nullcontext() if coded else no_code():
+        for each in (model, compiled):
+            given = step(model, prompt=4, padded=padded)
+            logits = []
+            for at in range(steps):
+                mask = torch.cat((given["attention_mask"], torch.ones(ROWS, at, dtype=torch.long)), 1)
+                now = {"position_ids": given["position_ids"] + at, "attention_mask": mask}
+                logits.append(each(**{**given, **now, "input_ids": IDS[:, at : at + 1]}).logits)
+            runs.append([*logits, *held(given["past_key_values"])])
+    assert_all_close(runs[1], runs[0])
+    return reports
+
+
 @pytest.mark.parametrize("coded", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["interpreted", "coded"])
 @pytest.mark.parametrize(
     "name", ["gemma2", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("gpt_oss", "llama"))]
 )
 def test_steps_that_write_their_tokens_first_compute_and_cache_what_the_model_does(name: str, coded: bool) -> None:
-    model = built(name)
-    config = fuseplan.PassConfig(force=("cached_eager_attention",), fuse_cached_attention=True, verify="always")
-    reports: list[Report] = []
-    compiled = fuseplan.compile(model, fullgraph=True, config=config, on_report=reports.append)
-    runs = []
-    with torch.no_grad(), nullcontext() if coded else no_code():
-        for each in (model, compiled):
-            given = step(model, prompt=4, padded=2)
-            cache, logits = given["past_key_values"], []
-            for at in range(3):
-                now = {"position_ids": given["position_ids"] + at, "attention_mask": torch.ones(2, 5 + at).long()}
-                logits.append(each(**{**given, **now, "input_ids": IDS[:, at : at + 1]}).logits)
-            runs.append([*logits, *(part for layer in cache.layers for part in (layer.keys, layer.values))])
+    config: dict[str, Any] = {"force": ("cached_eager_attention",), "fuse_cached_attention": True, "verify": "always"}
+    reports = check_steps(name, 3, 2, coded=coded, **config)
     assert {report.fused["cached_eager_attention"] for report in reports} == {LAYERS}
     assert providers(reports[-1]) == ["torch"] * LAYERS, reports[-1].warnings
-    for actual, expected in zip(*reversed(runs), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.nightly
-def test_generation_gives_equal_tokens() -> None:
-    reports = check_generated(built("qwen3"), IDS, config=fuseplan.PassConfig(force=("eager_attention",)))
-    # The prompt's graph and a step's.
-    assert [report.fused["eager_attention"] for report in reports] == [LAYERS, LAYERS]
-
-
-@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.nightly) for name in sorted(OWN))])
-def test_weights_that_are_asked_for_are_a_near_miss_once_a_layer(name: str) -> None:
-    model = built(name)
-    report = fuseplan.explain(model, device="cpu", **step(model), output_attentions=True)
-    assert report.fused["eager_attention"] == 0
-    (miss,) = [each for each in report.near_misses if each.rule == "eager_attention"]
-    assert (miss.count, miss.reason, miss.mend) == (LAYERS, "users", "leave output_attentions out")
-
-
-def test_dropout_is_a_near_miss() -> None:
-    model = built("llama", attention_dropout=0.1)
-    arguments = step(model)
-    report = fuseplan.explain(model.train(), device="cpu", **arguments)
-    (miss,) = [each for each in report.near_misses if each.rule == "eager_attention"]
-    assert (miss.count, miss.reason, miss.mend) == (LAYERS, "attribute", "call model.eval()")
 
 
 @pytest.mark.nightly
 def test_steps_through_a_windows_edge_compute_what_the_model_does() -> None:
-    model = built("gpt_oss")
-    reports: list[Report] = []
-    config = fuseplan.PassConfig(force=("eager_attention:torch",))
-    compiled = fuseplan.compile(model, config=config, on_report=reports.append)
-    runs = []
-    for each in (model, compiled):
-        cache, mask = StaticCache(config=model.config, max_cache_len=CACHE), torch.ones(2, CACHE, dtype=torch.long)
-        with torch.no_grad():
-            model(input_ids=IDS[:, :5], attention_mask=mask[:, :5], past_key_values=cache)
-            steps = [
-                each(
-                    input_ids=IDS[:, at : at + 1], attention_mask=mask[:, : 6 + at], past_key_values=cache,
-                    position_ids=torch.full((2, 1), 5 + at), use_cache=True,
-                ).logits
-                for at in range(7)
-            ]  # fmt: skip
-        runs.append(torch.cat(steps, 1))
+    reports = check_steps("gpt_oss", 8, 0, coded=True, force=("eager_attention:torch",))
     assert {report.fused["eager_attention"] for report in reports} == {LAYERS}
-    torch.testing.assert_close(runs[1], runs[0], rtol=1e-4, atol=1e-4)

@@ -117,3 +117,31 @@ def test_fused_agrees_with_plain_compile(name: str, coded: bool, group: dist.Pro
             for path in ("self_attn.o_proj", case.last):
                 lost = without(model, f"model.layers.{layer}.{path}", batch)
                 assert min(distances(lost, actual)) > 2 * bound, f"{layer}.{path}"
+
+
+IDS = (torch.arange(20).reshape(2, 10) * 7) % 128
+
+
+def test_qk_norm_and_rotary_embedding_are_planned_once_a_layer() -> None:
+    model = CASES["qwen3"].build(None).eval()
+    report = fuseplan.explain(model, IDS, device="h200", use_cache=False)
+    assert report.fused["qk_norm_rope"] == LAYERS
+    fusions = [each for each in report.graphs[0].applied if each.rule == "qk_norm_rope"]
+    assert [each.source for each in fusions] == [f"model.layers.{layer}.self_attn.q_norm" for layer in range(LAYERS)]
+    assert {each.provider for each in fusions} == {"triton"}
+    assert all(each.saving_ns and each.saving_ns > 0 for each in fusions)
+
+
+def test_qk_norm_and_rotary_embedding_compute_what_the_model_does() -> None:
+    model = CASES["qwen3"].build(None).eval()
+    reports: list[fuseplan.Report] = []
+    config = fuseplan.PassConfig(policy="ordered(qk_norm_rope)")
+    compiled = fuseplan.compile(model, config=config, on_report=reports.append)
+    with torch.inference_mode(), no_code():
+        expected = model(IDS, use_cache=False).logits
+        compiled(IDS, use_cache=False)
+        actual, calls = fused_calls(lambda: compiled(IDS, use_cache=False).logits)
+    assert [report.fused for report in reports] == [{"qk_norm_rope": LAYERS}]
+    assert not reports[0].warnings
+    assert calls == {"qk_norm_rope": LAYERS}
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2**-7)

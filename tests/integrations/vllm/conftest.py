@@ -143,6 +143,13 @@ def lines() -> Iterator[list[logging.LogRecord]]:
     log.setLevel(level)
 
 
+def told(lines: list[logging.LogRecord], level: int = logging.INFO) -> str:
+    """The one line that was said."""
+    (record,) = lines
+    assert record.levelno == level
+    return record.getMessage()
+
+
 @pytest.fixture
 def configure(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Configure:
     """`configure(**arguments)`: the `VllmConfig` of an engine."""

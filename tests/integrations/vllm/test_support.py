@@ -21,7 +21,7 @@ from fuseplan.integrations.vllm.backend import OURS, STOCK, offer_pass_manager
 from fuseplan.integrations.vllm.plugin import HOOK, KEY, PASS_NAME, asked_for
 from fuseplan.integrations.vllm.reports import Journal
 from tests.compatibility.moved import change, hide
-from tests.integrations.vllm.conftest import ASKED, NAMED, Configure
+from tests.integrations.vllm.conftest import ASKED, NAMED, Configure, told
 from tests.test_architecture import Module, dotted, names_of
 
 SOURCE = Path(fuseplan.integrations.vllm.__file__).parent
@@ -47,28 +47,22 @@ def name(api: PrivateApi) -> str:
 
 def check_told(records: Records, api: PrivateApi) -> None:
     """One line names what is gone, or what stands beside it and went with it, and what vLLM does now."""
-    (record,) = records
-    assert record.levelno == logging.WARNING
-    text = record.getMessage()
+    text = told(records, logging.WARNING)
     assert f"lacks interfaces that fuseplan needs: {api.module}.{api.attributes[0]}" in text
     assert " is gone" in text
     assert text.endswith("; vLLM runs without it")
 
 
 @pytest.mark.parametrize("api", support.INTERFACES, ids=name)
-def test_what_is_gone_is_found(api: PrivateApi, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_gone_or_takes_other_arguments_is_found(api: PrivateApi, monkeypatch: pytest.MonkeyPatch) -> None:
     assert support.missing((api,)) is None
-    support.missing.cache_clear()
-    hide(monkeypatch, api)
-    assert (
-        support.missing((api,)) == f"vLLM {vllm.__version__} lacks interfaces that fuseplan needs: {api.dotted} is gone"
-    )
-
-
-@pytest.mark.parametrize("api", [each for each in support.INTERFACES if each.args is not None], ids=name)
-def test_other_arguments_are_found(api: PrivateApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    change(monkeypatch, api)
-    assert f"{api.dotted} takes other arguments" in str(support.missing((api,)))
+    lacks = f"vLLM {vllm.__version__} lacks interfaces that fuseplan needs: {api.dotted}"
+    for make, what in ((change, "takes other arguments"), (hide, "is gone")):
+        if make is hide or api.args is not None:
+            support.missing.cache_clear()
+            with monkeypatch.context() as patch:
+                make(patch, api)
+                assert str(support.missing((api,))).startswith(f"{lacks} {what}")
 
 
 def test_only_the_first_of_many_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,9 +123,8 @@ def test_older_versions_run_without_fuseplan(
         assert asked_for(config) is None
         assert HOOK not in config.compilation_config.inductor_compile_config
         assert config.compute_hash() == stock.compute_hash(), "the cache is that of stock vLLM"
-    (record,) = lines
-    assert record.levelno == logging.WARNING
-    assert record.getMessage() == f"fuseplan {fuseplan.__version__} does nothing: {line}; vLLM runs without it"
+    said = told(lines, logging.WARNING)
+    assert said == f"fuseplan {fuseplan.__version__} does nothing: {line}; vLLM runs without it"
 
 
 @pytest.mark.parametrize(
@@ -148,11 +141,9 @@ def test_versions_that_were_not_tried_are_told(
     monkeypatch.setattr(vllm, "__version__", release)
     monkeypatch.setattr(torch, "__version__", beside)
     assert asked_for(configure(additional_config={KEY: {}})) == fuseplan.PassConfig()
-    (record,) = lines
-    text = record.getMessage()
+    text = told(lines, logging.INFO if is_tried else logging.WARNING)
     assert text.startswith(f"fuseplan {fuseplan.__version__} is the post-grad pass of vLLM {release} (torch {beside})")
     assert ("not tried with them: vLLM 0.22 with torch 2.11 and 0.32 with torch 2.13 are" in text) is not is_tried
-    assert record.levelno == (logging.INFO if is_tried else logging.WARNING)
 
 
 def test_the_tests_are_run_on_what_is_called_tried() -> None:
@@ -162,8 +153,8 @@ def test_the_tests_are_run_on_what_is_called_tried() -> None:
 def test_a_torch_that_moved_is_told(configure: Configure, lines: Records, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(support, "incompatibility", lambda: "torch 2.20.0 has changed private interfaces")
     assert asked_for(configure(additional_config={KEY: {}})) is None
-    (record,) = lines
-    assert "does nothing: torch 2.20.0 has changed private interfaces; vLLM runs without it" in record.getMessage()
+    said = told(lines, logging.WARNING)
+    assert "does nothing: torch 2.20.0 has changed private interfaces; vLLM runs without it" in said
 
 
 @pytest.mark.parametrize("api", support.CONFIGURATION, ids=name)
@@ -233,5 +224,5 @@ def test_a_platform_with_a_pass_manager_of_its_own_keeps_it(
     monkeypatch.setattr(type(current_platform), "get_pass_manager_cls", own)
     offer_pass_manager(journal, lambda: None)
     assert current_platform.get_pass_manager_cls() == "elsewhere.PassManager"
-    (record,) = lines
-    assert "the platform has a pass manager of its own (elsewhere.PassManager)" in record.getMessage()
+    said = told(lines, logging.WARNING)
+    assert "the platform has a pass manager of its own (elsewhere.PassManager)" in said
