@@ -113,6 +113,11 @@ def _widened(value: Any) -> Any:
     return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
 
 
+def apart(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> float:
+    """The largest difference to float64, in units in the last place of a dtype at 1."""
+    return float((got.double() - wanted).abs().amax()) / torch.finfo(dtype).eps if wanted.numel() else 0.0
+
+
 class Recorded:
     """What a kernel is launched with."""
 

@@ -125,7 +125,6 @@ FINDINGS: dict[str, dict[str, Check]] = {
         "strides": close_to_float64(5),
         "spelled": close_to_float64(27),
         "spelled masks": close_to_float64(28),
-        "splits": at_most(1),
         "skipped": holds(12),
         "fully masked": equals([0.0] * 4),
         "no sinks": equals([True, True]),
@@ -138,29 +137,23 @@ FINDINGS: dict[str, dict[str, Check]] = {
         "stale": equals([True] * 8),
         "out of bounds": holds(4),
         "strides": holds(11),
-        "layouts": equals([True] * 4),
         "variants": equals(1),  # for all positions and lengths
         "cases": equals([5] * 4),  # three samples of each op, one once more, and in float16
     },
     "run_linear_interpreted": {
         "sizes": as_close_as_the_reference(21),
+        "scaled": as_close_as_the_reference(22),
         "layouts": as_close_as_the_reference(6),
+        "scaled layouts": as_close_as_the_reference(5),
         "normed": normed,
         "on AMD": equals([True] * 6),
-        "special values": holds(),
+        "special values": holds(8),
         "fitting": at_most(65536),
-        "variants": equals(2),  # up to 16 rows, and up to 32
-        "cases": equals([*[13] * 6, 18]),
-        "refused": refuses("float32", "transposed"),
-    },
-    "run_scaled_linear_interpreted": {
-        "sizes": as_close_as_the_reference(22),
-        "layouts": as_close_as_the_reference(5),
-        "special values": holds(),
         "shared": equals([[2, 6, 147456], [1, 6, 147456], [1, 4, 98304], [1, 2, 49152]]),
-        "variants": equals(2),  # up to 16 rows, and up to 32
-        "cases": equals([12, 13, 13]),
-        "refused": refuses("bfloat16", "float16", "float32", "transposed"),
+        "variants": equals([2, 2]),  # up to 16 rows, and up to 32
+        "cases": equals([*[13] * 6, 18, 12, 13, 13]),
+        "refused": refuses("float32", "transposed"),
+        "refused in fp8": refuses("bfloat16", "float16", "float32", "transposed"),
     },
     "run_group_interpreted": {
         "cases": holds(64),  # all roundings, groups of 32 to 512, rows that no tile divides
