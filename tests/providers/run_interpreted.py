@@ -27,6 +27,7 @@ from fuseplan.rules import Bindings
 from fuseplan.rules.families import BUILT_IN_RULES
 from fuseplan.rules.families.cached_rotary import CACHED_ROTARY_RULES
 from fuseplan.testing import check_rule
+from tests.providers.epilogues import own
 from tests.rules.test_rules import arguments_of
 
 CPU = torch.device("cpu")
@@ -170,22 +171,17 @@ def difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
 def not_finite() -> dict[str, list[bool]]:
     """By epilogue: whether infinity and NaN stay where the reference has them, padding included."""
     found = {}
-    for suffix, own in EPILOGUES.items():
+    for suffix in ("pad", "static_fp8_quant", "dynamic_fp8_quant"):
         op = NORM_FAMILY[False, True, suffix]
         x, residual = torch.randn(4, 24).bfloat16(), torch.randn(4, 24).bfloat16()
         x[0, 1], x[1, 2], residual[2] = float("inf"), float("nan"), 0.0
         x[2] = 0.0
-        arguments = x, residual, torch.ones(24).bfloat16(), 1e-5, "llama", *own
+        arguments = x, residual, torch.ones(24).bfloat16(), 1e-5, "llama", *own(suffix).values()
         pairs = zip(op.kernel("triton")(*arguments), op.reference(*arguments), strict=True)
         found[suffix] = [torch.equal(got.float().isnan(), wanted.float().isnan()) for got, wanted in pairs]
     return found
 
 
-EPILOGUES: dict[str, tuple[Any, ...]] = {
-    "pad": (8,),
-    "static_fp8_quant": (torch.tensor([0.02]), torch.float8_e4m3fn, "divide"),
-    "dynamic_fp8_quant": (torch.float8_e4m3fn, 1e-6, 0.0, 0.0, None, "multiply"),
-}
 MANY_ROWS = 100
 CHECKED = ("fused_add_rms_norm_pad", "silu_and_mul_dynamic_fp8_quant")
 """One of each family that runs on one rank."""

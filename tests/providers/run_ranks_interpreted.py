@@ -26,27 +26,17 @@ from fuseplan.providers.triton.all_reduce_norm import Schedule, launch
 from fuseplan.providers.triton.epilogues import epilogue_of
 from fuseplan.providers.triton.launching import Norm, Tile
 from tests.providers import whole_words
+from tests.providers.epilogues import own
 from tests.providers.run_interpreted import prepare
 from tests.ranks import always, leave, left_in
 
 RANK, RANKS, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 CPU, WIDTH = torch.device("cpu"), 48
 EPILOGUES: dict[str | None, dict[str, Any]] = {
-    None: {},
-    "pad": {"right": 16},
-    "static_fp8_quant": {"scale": torch.tensor([0.02]), "dtype": torch.float8_e4m3fn, "quant_rounding": "divide"},
-    "dynamic_fp8_quant": {
-        "dtype": torch.float8_e4m3fn,
-        "min_scale": 1e-6,
-        "max_scale": 0.0,
-        "zero_scale": 0.0,
-        "scale_ub": None,
-        "quant_rounding": "multiply",
-    },
-    "mx_fp4_quant": {"group_size": 16, "scaling": "even", "layout": "swizzled"},
-    "nv_fp4_quant": {"group_size": 16, "global_scale": torch.tensor(0.02), "min_scale": 2.0**-6, "layout": "rows"},
+    **{suffix: own(suffix) for suffix in (None, "pad", "static_fp8_quant", "dynamic_fp8_quant")},
+    "mx_fp4_quant": own("mx_fp4_quant", group_size=16, layout="swizzled"),
+    "nv_fp4_quant": own("nv_fp4_quant", global_scale=torch.tensor(0.02), layout="rows"),
 }
-"""A fused op's own arguments, in their order."""
 ONE_SHOT = (
     (5, 5, 0, "pad"),
     (1, 1, 0, None),
@@ -97,10 +87,10 @@ def computed(
     """What one call gives, and the reference of the sum in float32. Every other seed yields what is quantised."""
     parts = [part(RANK if space.loopback else rank, rows, seed) for rank in range(RANKS)]
     residual, weight = part(RANKS, rows, seed), (1 + 0.1 * part(RANKS + 1, 1, seed)[0]).bfloat16()
-    own, key = EPILOGUES[suffix], (False, True, suffix)
+    given, key = EPILOGUES[suffix], (False, True, suffix)
     keeps = seed % 2 == 1 and key in KEPT_NORM_FAMILY
     got = launch(
-        parts[RANK], residual, Norm(weight=weight, eps=1e-5, rounding=Rounding.LLAMA), epilogue_of(suffix)(**own),
+        parts[RANK], residual, Norm(weight=weight, eps=1e-5, rounding=Rounding.LLAMA), epilogue_of(suffix)(**given),
         space, schedule, keeps=keeps,
     )  # fmt: skip
     reduced = parts[0].float()
@@ -108,7 +98,7 @@ def computed(
         reduced = reduced + each.float()
     family = KEPT_NORM_FAMILY if keeps else NORM_FAMILY
     plain = family[key].reference if suffix else torch.ops.fuseplan.fused_add_rms_norm
-    return got, plain(reduced.bfloat16(), residual, weight, 1e-5, "llama", *own.values())
+    return got, plain(reduced.bfloat16(), residual, weight, 1e-5, "llama", *given.values())
 
 
 def call(space: Workspace, rows: int, schedule: Schedule | None, suffix: str | None, seed: int) -> tuple[bool, Tensor]:
