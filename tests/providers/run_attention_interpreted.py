@@ -1,7 +1,4 @@
-"""Runs split-KV attention on the CPU by Triton's interpreter and prints what came of it, as one JSON object.
-
-A process of its own: whether a kernel is interpreted is settled when Triton is imported, by `TRITON_INTERPRET=1`.
-"""
+"""Runs split-KV attention on the CPU by Triton's interpreter and prints what came of it, as one JSON object."""
 
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Runs attention that writes its token into the caches first, on the CPU by Triton's interpreter, and prints what came
 of it, as one JSON object.
-
-A process of its own: whether a kernel is interpreted is settled when Triton is imported, by `TRITON_INTERPRET=1`.
 """
 
 import json
@@ -119,7 +117,7 @@ class Step:
         op = ops.qk_norm_rope_cache if self.norm else ops.rope_cache
         tensors = (given[name] for name in names)
         q, *caches = op.reference(*tensors, given["positions"], *norm, given["rotary_rounding"])
-        wanted = exact(q, *caches, given["mask"], self.logits, given["scale"], self.softcap)
+        wanted = exact(q, caches[0], caches[1], given["mask"], self.logits, given["scale"], self.softcap)
         got = self.run(given)
         written = zip((given["k_cache"], given["v_cache"]), caches, strict=True)
         if not all(torch.equal(a, b) for a, b in written):

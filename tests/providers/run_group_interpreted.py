@@ -31,7 +31,7 @@ from tests.rules.parts.microscaling import ties
 
 FN, E5M2, LEAST = torch.float8_e4m3fn, torch.float8_e5m2, 1e-10
 ROUNDINGS = ("divide", "multiply", "divide_by_rounded", "divide_rounded")
-REFERENCES = {
+REFERENCES: dict[str, Any] = {
     "static_fp8_quant": static_reference,
     "dynamic_fp8_quant": row_reference,
     "group_fp8_quant": reference,

@@ -23,7 +23,6 @@ from triton.runtime import interpreter
 from fuseplan import testing
 from fuseplan.dialect import NORM_FAMILY, ops
 from fuseplan.providers import BUILT_IN_PROVIDERS
-from fuseplan.rules import Bindings
 from fuseplan.rules.families import BUILT_IN_RULES
 from fuseplan.rules.families.cached_rotary import CACHED_ROTARY_RULES
 from fuseplan.testing import check_rule
@@ -270,14 +269,6 @@ def out_of_bounds() -> dict[str, bool]:
     return found
 
 
-def declined() -> str:
-    """What is said of more leading dimensions than the kernel steps through."""
-    x = torch.empty(2, 2, 2, 3, 8)
-    refusal = TRITON.offers()["qk_norm_rope"].accepts(Bindings("qk_norm_rope", {"q": x}))
-    assert refusal is not None
-    return refusal.detail
-
-
 def main() -> None:
     """Alone with the argument `kept`: every sample of ops that yield what they quantise, of which else one is tried."""
     prepare()
@@ -295,12 +286,9 @@ def main() -> None:
                  for each in BUILT_IN_RULES if each.op.name in CHECKED}  # fmt: skip
     result = {
         "differences": differences(TRITON.implements.keys() - PRODUCTS - KEPT) | differences(KEPT, most=1),
-        "odd": odd(), "declined": declined(),
-        "more than programs": more_than_programs(), "cases": checked.cases["triton"],
-        "refused": checked.refused, "not finite": not_finite(),
-        "caches": caches(), "out of bounds": out_of_bounds(),
-        "cached": [each.cases["triton"] for each in cached_rotary],
-        "alone": alone,
+        "odd": odd(), "more than programs": more_than_programs(), "not finite": not_finite(), "caches": caches(),
+        "out of bounds": out_of_bounds(), "cases": checked.cases["triton"], "refused": checked.refused,
+        "cached": [each.cases["triton"] for each in cached_rotary], "alone": alone,
     }  # fmt: skip
     print(json.dumps(result))
 

@@ -1,7 +1,5 @@
 """Runs the kernels of linear layers, in 16 bits and in fp8, on the CPU by Triton's interpreter and prints what came of
 it, as one JSON object.
-
-A process of its own: whether a kernel is interpreted is settled when Triton is imported, by `TRITON_INTERPRET=1`.
 """
 
 import dataclasses

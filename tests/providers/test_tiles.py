@@ -31,7 +31,7 @@ WIDTHS = (100, 2880, 8192, 14336, 65536)
 
 FINISHES: dict[str, Any] = {
     "none": epilogue_of(None)(),
-    "pad": epilogue_of("pad")(right=192),
+    "pad": epilogue_of("pad")(**own("pad", right=192)),
     "static": epilogue_of("static_fp8_quant")(**own("static_fp8_quant")),
     "dynamic": epilogue_of("dynamic_fp8_quant")(**own("dynamic_fp8_quant")),
     "group": epilogue_of("group_fp8_quant")(**own("group_fp8_quant", group_size=128)),
