@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -19,25 +18,21 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import TCPStore
 from torch.distributed import _symmetric_memory as symmetric_memory
 from torch.distributed import distributed_c10d
 
 import fuseplan
 from fuseplan.compilation import analysis, first_run
-from fuseplan.dialect import ops
 from fuseplan.distributed import agree_in_groups
 from fuseplan.distributed import workspace as workspaces
 from fuseplan.errors import CollectiveError
-from fuseplan.graph.facts import process_group
 from fuseplan.providers import provider_of
-from tests.helpers import HIDDEN, all_reduce, llama
+from tests.distributed.run_ranks import FOLDER, OP, RANK, close, inputs, meet, model, sums
 from tests.interpreted import no_code
 
-RANK, RANKS, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+RANKS = int(sys.argv[2])
 LAST = RANKS - 1
 CPU = torch.device("cpu")
-WEIGHT = torch.linspace(0.5, 1.5, HIDDEN).bfloat16()
 INTERPRETER = threading.Lock()
 """A library that waits without letting other threads run holds it."""
 
@@ -115,21 +110,7 @@ def the_last_has_no_plan() -> str | None:
     return agree_in_groups([group], graph="g", digest="plan", deadline_s=None).reason
 
 
-def model(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    assert dist.group.WORLD is not None
-    y, total = llama(all_reduce(x, dist.group.WORLD.group_name), residual, WEIGHT)
-    return y.relu(), total
-
-
-def sums(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    reduced = x.clone()
-    dist.all_reduce(reduced, group=process_group(rest[-1]))
-    return ops.fused_add_rms_norm.reference(*(reduced, *rest[:-1]))  # type: ignore[no-any-return]
-
-
-SHARES = dataclasses.replace(
-    provider_of("shares", {ops["all_reduce_fused_add_rms_norm"]: sums}), runs_alone=True
-)  # fmt: skip
+SHARES = dataclasses.replace(provider_of("shares", {OP: sums}), runs_alone=True)
 
 
 def planned_again(prepare: Callable[..., str], **settings: Any) -> dict[str, Any]:
@@ -138,8 +119,6 @@ def planned_again(prepare: Callable[..., str], **settings: Any) -> dict[str, Any
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(FOLDER / f"cache-{RANK}")
     reports: list[fuseplan.Report] = []
     config = fuseplan.PassConfig(agreement_timeout_s=60, verify="off", **settings)
-    generator = torch.Generator().manual_seed(RANK)
-    x, residual = torch.randn(3, HIDDEN, generator=generator).bfloat16(), torch.ones(3, HIDDEN).bfloat16()
     needed = (("0", "bfloat16", "cpu"),)
 
     def workspaces_of(problem: Any, decision: Any) -> Any:
@@ -151,21 +130,13 @@ def planned_again(prepare: Callable[..., str], **settings: Any) -> dict[str, Any
         torch.inference_mode(), no_code() if RANKS > 2 else contextlib.nullcontext(),
     ):  # fmt: skip
         compiled = fuseplan.compile(model, config=config, on_report=reports.append, providers=[SHARES])
-        outputs, again = compiled(x, residual), compiled(x, residual)
-        expected = model(x, residual)
+        outputs, again = compiled(*inputs(3)), compiled(*inputs(3))
+        expected = model(*inputs(3))
     return {
-        "right": all(
-            torch.allclose(a.float(), b.float(), rtol=2**-6, atol=2**-6)
-            for got in (outputs, again)
-            for a, b in zip(got, expected, strict=True)
-        ),
+        "right": close((*outputs, *again), (*expected, *expected)),
         "providers": [[fusion.provider for graph in report.graphs for fusion in graph.applied] for report in reports],
         "warnings": [refusal.detail for report in reports for refusal in report.warnings],
-        "refused": [
-            refusal.detail for report in reports for graph in report.graphs for refusal in graph.refusals
-            if refusal.provider == "shares"
-        ],
-    }  # fmt: skip
+    }
 
 
 def fails_on_the_last(wanted: Any) -> str:
@@ -175,9 +146,7 @@ def fails_on_the_last(wanted: Any) -> str:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    store = TCPStore("127.0.0.1", int(os.environ["PORT"]), RANKS, is_master=RANK == 0)
-    dist.init_process_group("gloo", store=store, rank=RANK, world_size=RANKS, timeout=datetime.timedelta(seconds=60))
+    meet(RANKS)
     results: dict[str, Any] = {}
     with (
         mock.patch.object(symmetric_memory, "empty", empty),

@@ -10,11 +10,11 @@ import pytest
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, Store
 from torch.distributed import distributed_c10d
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fuseplan.distributed import agreement
 from fuseplan.distributed.agreement import Verdict, agree, agree_in_groups, apart, failed, lost, refused
 from fuseplan.errors import UnsupportedError
+from tests.providers.stand_ins import ranks
 
 
 def settle(
@@ -34,38 +34,49 @@ def settle(
         return [run.result() for run in runs]
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_equal_plans_are_run_by_all(size: int) -> None:
-    assert settle(HashStore(), ["plan"] * size) == [Verdict(fused=True)] * size
+def unfused(reason: str, **more: Any) -> Verdict:
+    return Verdict(fused=False, reason=reason, **more)
+
+
+@pytest.mark.parametrize(
+    ("digests", "verdict"),
+    [
+        (["plan"] * 2, Verdict(fused=True)),
+        (["plan"] * 4, Verdict(fused=True)),
+        (["plan", failed(RuntimeError("no\ncompiler")), "plan"],
+         unfused("rank 1 could not compile it: RuntimeError: no compiler")),
+        # What is left in a collective counts before what failed.
+        ([refused("found it wrong"), lost("is left in it")], unfused("rank 1 is left in it", lost=True)),
+        ([apart("far"), "plan"], unfused("rank 0 far", apart=True)),
+        ([apart("far"), refused("no")], unfused("rank 1 no")),
+        # Ranks that are late may be able to share nothing at all.
+        ([apart("far"), None], unfused("rank 0 far")),
+        ([None, "plan", None], unfused("rank 0, 2 had no plan for it within 0.3 s")),
+    ],
+)  # fmt: skip
+def test_the_worst_that_a_rank_says_is_the_verdict_of_all(digests: list[str | None], verdict: Verdict) -> None:
+    assert settle(HashStore(), digests, deadline=0.3 if None in digests else 5.0) == [verdict] * (
+        len(digests) - digests.count(None)
+    )
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_case_9_pytorch_146707_plans_that_differ_are_run_by_nobody(size: int) -> None:
     """Per-rank timings chose different collectives: deadlock."""
     verdicts = settle(HashStore(), ["plan"] * (size - 1) + ["another"])
-    assert verdicts == [Verdict(fused=False, reason=f"rank 0 and rank {size - 1} planned differently")] * size
-
-
-def test_one_that_failed_sends_all_to_unfused() -> None:
-    verdicts = settle(HashStore(), ["plan", failed(RuntimeError("no\ncompiler")), "plan"])
-    assert verdicts == [Verdict(fused=False, reason="rank 1 could not compile it: RuntimeError: no compiler")] * 3
-
-
-def test_one_that_is_left_in_a_collective_counts_before_one_that_failed() -> None:
-    verdicts = settle(HashStore(), [refused("found it wrong"), lost("is left in it")])
-    assert verdicts == [Verdict(fused=False, reason="rank 1 is left in it", lost=True)] * 2
+    assert verdicts == [unfused(f"rank 0 and rank {size - 1} planned differently")] * size
 
 
 def test_one_that_never_comes_costs_the_deadline() -> None:
     start = time.monotonic()
     verdicts = settle(HashStore(), ["plan", None, "plan"], deadline=0.3)
     assert time.monotonic() - start < 5
-    assert verdicts == [Verdict(fused=False, reason="rank 1 had no plan for it within 0.3 s")] * 2
+    assert verdicts == [unfused("rank 1 had no plan for it within 0.3 s")] * 2
 
 
 def test_one_that_is_late_is_told_what_the_others_settled_on() -> None:
     verdicts = settle(HashStore(), ["plan", "plan"], deadline=0.2, delays={1: 1.0})
-    assert verdicts == [Verdict(fused=False, reason="rank 1 had no plan for it within 0.2 s")] * 2
+    assert verdicts == [unfused("rank 1 had no plan for it within 0.2 s")] * 2
 
 
 def test_one_that_is_slow_and_in_time_takes_part() -> None:
@@ -79,17 +90,12 @@ def test_compiled_again_is_settled_again() -> None:
     assert settle(store, ["c", "d"])[0].fused is False
 
 
-def test_groups_do_not_hear_each_other() -> None:
-    """DP x TP: two groups of two, each over its own prefix of one store."""
-    store = HashStore()
-    left, right = PrefixStore("tp0", store), PrefixStore("tp1", store)
-    assert [each.fused for each in settle(left, ["a", "a"])] == [True, True]
-    assert [each.fused for each in settle(right, ["a", "b"])] == [False, False]
-
-
-def test_a_store_in_a_file_will_do(tmp_path: object) -> None:
-    path = f"{tmp_path}/store"
-    assert [each.fused for each in settle(FileStore(path, 2), ["a", "a"])] == [True, True]
+def test_groups_do_not_hear_each_other(tmp_path: object) -> None:
+    """DP x TP: two groups of two, each over its own prefix of one store, which may lie in a file."""
+    for store in (HashStore(), FileStore(f"{tmp_path}/store", 2)):
+        left, right = PrefixStore("tp0", store), PrefixStore("tp1", store)
+        assert [each.fused for each in settle(left, ["a", "a"])] == [True, True]
+        assert [each.fused for each in settle(right, ["a", "b"])] == [False, False]
 
 
 def test_every_race_has_one_verdict() -> None:
@@ -113,12 +119,8 @@ def test_a_store_that_is_gone_is_an_error() -> None:
 
 
 def test_a_group_whose_other_ranks_do_not_exist_waits_for_none_of_them() -> None:
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    try:
-        assert dist.group.WORLD is not None
-        verdict = agree_in_groups([dist.group.WORLD.group_name], graph="g", digest="a", deadline_s=1.0)
-    finally:
-        dist.destroy_process_group()
+    with ranks(2) as group:
+        verdict = agree_in_groups([group], graph="g", digest="a", deadline_s=1.0)
     assert verdict == Verdict(fused=True)
 
 
@@ -137,12 +139,8 @@ def test_a_rank_that_waits_looks_less_and_less_often(monkeypatch: pytest.MonkeyP
     assert pauses == [0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.02, 0.02]
 
 
-def nobody(*arguments: object, **rest: object) -> Verdict:
-    pytest.fail("the other ranks are asked")
-
-
 def test_a_rank_alone_asks_nobody(one_rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agreement, "agree", nobody)
+    monkeypatch.setattr(agreement, "agree", lambda *_, **__: pytest.fail("the other ranks are asked"))
     for names in ([one_rank], []):
         assert agree_in_groups(names, graph="g", digest="a", deadline_s=1.0) == Verdict(fused=True)
 
@@ -181,22 +179,8 @@ def test_the_group_that_has_all_ranks_of_the_others_settles(
     names = [str(number) for number in reversed(range(len(groups)))]
     verdict = agree_in_groups(names, graph="g", digest="d", deadline_s=2.0, work_s=0.5, awaited="is late")
     if asked is None:
-        assert verdict == Verdict(fused=False, reason="its collectives are of groups that overlap: 0, 1")
+        assert verdict == unfused("its collectives are of groups that overlap: 0, 1")
         assert not found
     else:
         rest = {"graph": "g", "digest": "d", "awaited": "is late"}
         assert (verdict.fused, found) == (True, [(asked, 1, len(asked), 2.5, rest)])
-
-
-@pytest.mark.parametrize(
-    ("digests", "late", "verdict"),
-    [
-        ({0: apart("far"), 1: "plan"}, [], Verdict(fused=False, reason="rank 0 far", apart=True)),
-        ({0: apart("far")}, [1], Verdict(fused=False, reason="rank 0 far")),
-        ({0: apart("far"), 1: refused("no")}, [], Verdict(fused=False, reason="rank 1 no")),
-        ({1: "plan"}, [0, 2], Verdict(fused=False, reason="rank 0, 2 was late")),
-    ],
-)
-def test_the_worst_that_a_rank_says_is_the_verdict(digests: dict[int, str], late: list[int], verdict: Verdict) -> None:
-    """Ranks that are late may be able to share nothing at all."""
-    assert agreement._verdict(digests, late, "was late", "differ") == verdict

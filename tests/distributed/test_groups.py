@@ -24,18 +24,13 @@ from fuseplan.rules import Bindings
 HIDDEN = 2880
 
 
-def launched(monkeypatch: pytest.MonkeyPatch, rank: int, local: int, ranks: int, local_ranks: int | None) -> None:
+def launched(monkeypatch: pytest.MonkeyPatch, *numbers: int | None) -> None:
     """As torchrun starts a process."""
-    for name, value in (
-        ("RANK", rank),
-        ("LOCAL_RANK", local),
-        ("WORLD_SIZE", ranks),
-        ("LOCAL_WORLD_SIZE", local_ranks),
-    ):
-        if value is None:
-            monkeypatch.delenv(name, raising=False)
-        else:
-            monkeypatch.setenv(name, str(value))
+    names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
+    for name, number in zip(names, numbers, strict=True):
+        monkeypatch.delenv(name, raising=False)
+        if number is not None:
+            monkeypatch.setenv(name, str(number))
 
 
 @pytest.mark.parametrize(

@@ -89,71 +89,66 @@ def test_the_least_of_all_is_known_to_all() -> None:
     assert together([methodcaller("least", own) for own in (132, 78, 114)]) == [78] * 3
 
 
-class Others:
-    """Ranks that say what they are told to, and agree then."""
-
-    def __init__(self, *reasons: str) -> None:
-        self.reasons, self.heard = [*reasons], list[str]()
-
-    def __call__(self, store: object, *, digest: str, **rest: object) -> Verdict:
-        self.heard.append(digest)
-        return Verdict(fused=not self.reasons, reason=self.reasons.pop(0) if self.reasons else None)
-
-
 @pytest.fixture
-def others(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Others]:
-    def agree(*reasons: str) -> Others:
-        found = Others(*reasons)
-        monkeypatch.setattr(meeting, "agree", found)
+def heard(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """What ranks hear that say what they are told to, and agree then."""
+
+    def agree(*reasons: str) -> list[str]:
+        left, found = [*reasons], list[str]()
+
+        def answer(store: object, *, digest: str, **rest: object) -> Verdict:
+            found.append(digest)
+            return Verdict(fused=not left, reason=left.pop(0) if left else None)
+
+        monkeypatch.setattr(meeting, "agree", answer)
         return found
 
     return agree
 
 
-def test_a_collective_is_begun_once_no_rank_is_in_another_one(others: Callable[..., Others]) -> None:
-    asked, taken = others(f"rank 1 {BUSY}", f"rank 1 {BUSY}"), list[int]()
+def is_free() -> bool:
+    """Whether the next collective can begin."""
+    free = meeting._COLLECTIVE.acquire(blocking=False)
+    if free:
+        meeting._COLLECTIVE.release()
+    return free
 
-    def take() -> int:
-        taken.append(len(asked.heard))
-        return 7
 
-    assert met(Rank(HashStore(), 0, 2)).collective(take) == 7
+def test_a_collective_is_begun_once_no_rank_is_in_another_one(heard: Callable[..., list[str]]) -> None:
+    said, taken = heard(f"rank 1 {BUSY}", f"rank 1 {BUSY}"), list[int]()
+    met(Rank(HashStore(), 0, 2)).collective(lambda: taken.append(len(said)))
     assert taken == [3], "in front of it the ranks have asked each other three times"
-    assert asked.heard == ["facts"] * 4
-    assert meeting._COLLECTIVE.acquire(blocking=False), "the next one can begin"
-    meeting._COLLECTIVE.release()
+    assert said == ["facts"] * 4
+    assert is_free()
 
 
-def test_a_rank_whose_other_thread_is_in_a_collective_says_so(others: Callable[..., Others]) -> None:
-    asked, ends = others(), threading.Event()
+def test_a_rank_whose_other_thread_is_in_a_collective_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    said, begun, ends = list[str](), threading.Event(), threading.Event()
 
     def busy(store: object, *, digest: str, **rest: object) -> Verdict:
-        verdict = asked(store, digest=digest)
-        if digest != "facts":
-            ends.set()
-            return Verdict(fused=False, reason=f"rank 0 {BUSY}")
-        return verdict
-
-    begun = threading.Event()
+        said.append(digest)
+        if digest == "facts":
+            return Verdict(fused=True)
+        ends.set()
+        return Verdict(fused=False, reason=f"rank 0 {BUSY}")
 
     def other() -> None:
         with meeting._COLLECTIVE:
             begun.set()
             ends.wait(20)
 
-    with pytest.MonkeyPatch.context() as patched, ThreadPoolExecutor(1) as pool:
-        patched.setattr(meeting, "agree", busy)
+    monkeypatch.setattr(meeting, "agree", busy)
+    with ThreadPoolExecutor(1) as pool:
         running = pool.submit(other)
         begun.wait(20)
         assert met(Rank(HashStore(), 0, 2)).collective(lambda: 7) == 7
         running.result()
-    assert asked.heard[0] == f"failed: {BUSY}"
-    assert asked.heard[-2:] == ["facts", "facts"]
+    assert said[0] == f"failed: {BUSY}"
+    assert said[-2:] == ["facts", "facts"]
 
 
-def test_a_collective_that_can_not_be_begun_is_not_taken(others: Callable[..., Others]) -> None:
-    others("rank 1 didn't come")
+def test_a_collective_that_can_not_be_begun_is_not_taken(heard: Callable[..., list[str]]) -> None:
+    heard("rank 1 didn't come")
     with pytest.raises(CollectiveError, match="can't share memory: rank 1 didn't come; forbid it"):
         met(Rank(HashStore(), 0, 2)).collective(lambda: pytest.fail("it is taken"))
-    assert meeting._COLLECTIVE.acquire(blocking=False)
-    meeting._COLLECTIVE.release()
+    assert is_free()

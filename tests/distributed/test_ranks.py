@@ -1,12 +1,11 @@
 """Two processes with gloo: they run one plan, or none, whatever happens to one of them."""
 
-import socket
 from typing import Any
 
 import pytest
 
 from tests.forks import Forks
-from tests.ranks import seen_by_ranks
+from tests.ranks import seen_by_ranks, variables_of_ranks
 
 Ranks = tuple[dict[str, Any], dict[str, Any]]
 
@@ -16,10 +15,8 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def ranks(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    first, second = seen_by_ranks(forks, "tests.distributed.run_ranks", 2, folder, statuses=[0, 7], PORT=str(port))
+    port = variables_of_ranks(2)[0]["MASTER_PORT"]
+    first, second = seen_by_ranks(forks, "tests.distributed.run_ranks", 2, folder, statuses=[0, 7], PORT=port)
     return first, second
 
 

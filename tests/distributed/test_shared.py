@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
 
 from fuseplan.distributed import shared
 from fuseplan.distributed.shared import Kind, Registry
@@ -16,9 +15,8 @@ from fuseplan.errors import CollectiveError
 from tests.providers.stand_ins import ranks
 
 
-def name_of_world() -> str:
-    assert dist.group.WORLD is not None
-    return dist.group.WORLD.group_name
+def get(registry: Registry, kind: Kind[Any], group: str, value: Any, key: str = "k") -> Any:
+    return registry.get(kind, group, key, rows=1, capacity=1, make=lambda _: value() if callable(value) else value)
 
 
 def test_the_least_that_holds_the_rows_is_taken() -> None:
@@ -47,18 +45,17 @@ def test_the_least_that_holds_the_rows_is_taken() -> None:
 def test_kinds_are_kept_apart() -> None:
     one, other, registry = Kind[str](name="one"), Kind[str](name="other"), Registry()
     with ranks(2) as group:
-        assert registry.get(one, group, "k", rows=1, capacity=1, make=lambda _: "its") == "its"
-        assert registry.get(other, group, "k", rows=1, capacity=1, make=lambda _: "the other's") == "the other's"
-    assert (registry.values(one), registry.values(other)) == (["its"], ["the other's"])
+        assert [get(registry, kind, group, kind.name) for kind in (one, other)] == ["one", "other"]
+    assert (registry.values(one), registry.values(other)) == (["one"], ["other"])
     registry.release(one)
-    assert (registry.values(one), registry.values(other)) == ([], ["the other's"])
+    assert (registry.values(one), registry.values(other)) == ([], ["other"])
 
 
 def test_one_that_can_not_be_made_is_asked_for_again() -> None:
     kind, registry = Kind[int](name="a library"), Registry()
     tries: list[int] = []
 
-    def make(_: dist.ProcessGroup) -> int:
+    def make() -> int:
         tries.append(1)
         if len(tries) == 1:
             raise MemoryError
@@ -66,36 +63,30 @@ def test_one_that_can_not_be_made_is_asked_for_again() -> None:
 
     with ranks(2) as group:
         with pytest.raises(MemoryError):
-            registry.get(kind, group, "k", rows=1, capacity=1, make=make)
-        assert registry.get(kind, group, "k", rows=1, capacity=1, make=make) == 7
+            get(registry, kind, group, make)
+        assert get(registry, kind, group, make) == 7
     assert len(tries) == 2
 
 
 def test_whoever_waits_for_other_ranks_keeps_nobody_else_waiting() -> None:
     """Two threads that make for two keys, each only once the other has begun."""
-    kind, registry = Kind[str](name="a library"), Registry()
+    kind, registry = Kind[int](name="a library"), Registry()
     begun = threading.Barrier(2, timeout=20)
 
-    def ask(key: str) -> str:
-        def make(_: dist.ProcessGroup) -> str:
-            begun.wait()
-            return key
-
-        return registry.get(kind, group, key, rows=1, capacity=1, make=make)
-
     with ranks(2) as group, ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(ask, ("a", "b"))) == ["a", "b"]
+        asked = [pool.submit(get, registry, kind, group, begun.wait, key) for key in ("a", "b")]
+        assert {each.result() for each in asked} == {0, 1}
 
 
 def test_several_threads_make_one() -> None:
     kind, registry, made = Kind[int](name="a library"), Registry(), list[int]()
 
-    def make(_: dist.ProcessGroup) -> int:
+    def make() -> int:
         made.append(len(made))
         return made[-1]
 
     with ranks(2) as group, ThreadPoolExecutor(4) as pool:
-        asked = [pool.submit(registry.get, kind, group, "k", rows=1, capacity=1, make=make) for _ in range(8)]
+        asked = [pool.submit(get, registry, kind, group, make) for _ in range(8)]
         assert {each.result() for each in asked} == {0}
     assert made == [0]
 
@@ -104,16 +95,11 @@ def test_what_a_graph_has_captured_stays_when_its_group_is_gone(monkeypatch: pyt
     released: list[str] = []
     kind, registry = Kind(name="a library", release=released.append), Registry()
 
-    def get(key: str) -> str:
-        return registry.get(kind, name_of_world(), key, rows=1, capacity=1, make=lambda _: key)
-
     for key in ("captured", "eager", "last"):
-        dist.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
-        get(key)
-        with monkeypatch.context() as patched:
+        with ranks(1) as group, monkeypatch.context() as patched:
+            get(registry, kind, group, key, key)
             patched.setattr(shared, "capturing", lambda key=key: key == "captured")
-            assert get(key) == key
-        dist.destroy_process_group()
+            assert get(registry, kind, group, key, key) == key
     assert released == ["eager"]
     assert registry.values(kind) == ["captured", "last"]
     registry.release()

@@ -1,12 +1,11 @@
 """Two processes, and at night four, with gloo make workspaces: all have one, or all know why not, and soon."""
 
-import socket
 from typing import Any
 
 import pytest
 
 from tests.forks import Forks
-from tests.ranks import seen_by_ranks
+from tests.ranks import seen_by_ranks, variables_of_ranks
 
 Ranks = list[dict[str, Any]]
 
@@ -16,10 +15,8 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.nightly)])
 def ranks(request: pytest.FixtureRequest, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     count, folder = request.param, tmp_path_factory.mktemp("workspaces")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return seen_by_ranks(forks, "tests.distributed.run_workspaces", count, folder, statuses=[0] * count, PORT=str(port))
+    port = variables_of_ranks(count)[0]["MASTER_PORT"]
+    return seen_by_ranks(forks, "tests.distributed.run_workspaces", count, folder, statuses=[0] * count, PORT=port)
 
 
 def test_threads_that_come_in_opposite_orders_do_not_wait_for_each_other(ranks: Ranks) -> None:

@@ -1,11 +1,9 @@
-"""Runs split-KV attention on the CPU by Triton's interpreter and prints what came of it, as one JSON object.
-
-A process of its own: whether a kernel is interpreted is settled when Triton is imported, by `TRITON_INTERPRET=1`.
-"""
+"""Runs split-KV attention on the CPU by Triton's interpreter and prints what came of it, as one JSON object."""
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -19,17 +17,17 @@ from fuseplan.providers.triton.attention import launch
 from fuseplan.providers.triton.split import Split
 from fuseplan.rules import Rule
 from fuseplan.rules.families.attention import EagerAttention, GroupedAttention
-from fuseplan.rules.parts.attention.op import attention_fake, attention_reference
+from fuseplan.rules.parts.attention.op import attention_fake
 from fuseplan.testing import check_rule
 from fuseplan.verification.layout import significant_strides
 from tests.eager_attention import exact
-from tests.providers.run_interpreted import TRITON, Recorded, prepare, wide_products
+from tests.providers.run_interpreted import TRITON, Recorded, apart, prepare, wide_products
 from tests.rules.test_rules import arguments_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Of one attention; `splits` None: as many as the launcher takes."""
+    """Of one attention; `splits` None: as many as the launcher takes; `sinks`: a number around which they are drawn."""
 
     batch: int = 2
     heads: int = 2
@@ -41,6 +39,8 @@ class Sizes:
     dtype: torch.dtype = torch.bfloat16
     kernel: str = "cpu"
     splits: int | None = 3
+    softcap: float | None = None
+    sinks: float | None = None
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v."""
@@ -53,28 +53,37 @@ class Sizes:
         q, k, v = (torch.randn(self.batch, *shape, generator=generator).to(self.dtype) for shape in shapes)
         return q, k, v
 
-    def __str__(self) -> str:
-        dims = f"{self.width}" + (f"/{self.value_width}" if self.value_width else "")
-        parts = self.batch, self.heads, self.groups, self.queries, self.keys, dims, self.dtype, self.kernel, self.splits
-        return " ".join(map(str, parts))
+    def logits(self) -> Tensor | None:
+        """[q_heads]"""
+        drawn = torch.randn(self.heads * self.groups, generator=torch.Generator().manual_seed(1))
+        return None if self.sinks is None else (drawn + self.sinks).to(self.dtype)
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        how = None if self.splits is None else split(self.splits)
+        is_plain = self.softcap is None and self.sinks is None
+        return launch(
+            q, k, v, mask, self.width**-0.5, self.kernel if is_plain else None, how, sinks=self.logits(),
+            softcap=self.softcap,
+        )  # fmt: skip
+
+    def off(self, mask: Tensor | None = None, tensors: tuple[Tensor, Tensor, Tensor] | None = None) -> float:
+        """The largest difference to float64, in units in the last place at 1."""
+        q, k, v = tensors or self.tensors()
+        true = exact(q, k, v, mask, self.logits(), self.width**-0.5, self.softcap)
+        result = self.run(q, k, v, mask)
+        assert result.shape == true.shape
+        assert not true.isnan().any()
+        assert result.is_contiguous() or self.softcap is self.sinks is None
+        return apart(result, true, self.dtype)
 
 
 def split(count: int, block: int = 32) -> Split:
     return Split(count=count, block=block, warps=4, stages=2)
 
 
-def run(sizes: Sizes, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    how = None if sizes.splits is None else split(sizes.splits)
-    return launch(q, k, v, mask, sizes.width**-0.5, sizes.kernel, how)
-
-
-def off(sizes: Sizes, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> float:
-    """The largest difference to float64, in units in the last place at 1."""
-    wide = None if mask is None else mask.double()
-    exact = attention_reference(q.double(), k.double(), v.double(), wide, sizes.width**-0.5, False, "cpu")
-    result = run(sizes, q, k, v, mask)
-    assert result.shape == exact.shape
-    return float((result.double() - exact).abs().amax().item() if exact.numel() else 0) / torch.finfo(sizes.dtype).eps
+def hidden(seen: Tensor, dtype: torch.dtype = torch.bfloat16, nothing: float = -torch.inf) -> Tensor:
+    """A mask that shows some keys."""
+    return torch.zeros((), dtype=dtype).where(seen, nothing)
 
 
 EVERY = (
@@ -95,11 +104,8 @@ def masks() -> Iterator[tuple[str, Sizes, Tensor | None]]:
     sizes = Sizes(batch=2, queries=2, keys=100)
     q_heads = sizes.heads * sizes.groups
     generator = torch.Generator().manual_seed(0)
-    key, nothing = torch.arange(100), -torch.inf
+    key = torch.arange(100)
     lengths = torch.tensor([70, 31])[:, None, None, None]
-
-    def hidden(seen: Tensor, dtype: torch.dtype = sizes.dtype) -> Tensor:
-        return torch.zeros((), dtype=dtype).where(seen, nothing)
 
     yield "none", sizes, None
     yield "lengths", sizes, hidden(key < lengths)
@@ -146,24 +152,20 @@ def skipped() -> dict[str, bool]:
     is minus infinity, or what torch before 2.12 makes of it for cuDNN.
     """
     found = {}
-    for nothing in (-torch.inf, -65504.0):
-        for queries, per_head in ((1, False), (2, False), (2, True)):
-            for splits in (1, 3):
-                sizes = Sizes(keys=320, queries=queries, splits=splits)
-                q, k, v = sizes.tensors()
-                key = torch.arange(320)
-                # Tiles of 32 keys: the third holds some, and so does the eighth.
-                rows = [(key == 70) | (key == 230), (key == 80) | (key == 255)]
-                shape = (1, 8 if per_head else 1, queries, 320)
-                seen = torch.stack([rows[row % 2] for row in range(shape[1] * queries)]).reshape(shape)
-                mask = torch.zeros((), dtype=sizes.dtype).where(seen, nothing)
-                wanted = run(sizes, q, k, v, mask)
-                tile = key // 32
-                for each in (k, v):
-                    each[:, :, (tile != 2) & (tile != 7)] = torch.nan
-                got = run(sizes, q, k, v, mask)
-                name = f"{nothing}, {queries} queries, {splits} splits{', each head alone' if per_head else ''}"
-                found[name] = bool(got.isfinite().all()) and torch.equal(got, wanted)
+    for nothing, (queries, per_head), splits in product((-torch.inf, -65504.0), ((1, 0), (2, 0), (2, 1)), (1, 3)):
+        sizes, key = Sizes(keys=320, queries=queries, splits=splits), torch.arange(320)
+        q, k, v = sizes.tensors()
+        # Tiles of 32 keys: the third holds some, and so does the eighth.
+        rows = [(key == 70) | (key == 230), (key == 80) | (key == 255)]
+        shape = (1, 8 if per_head else 1, queries, 320)
+        seen = torch.stack([rows[row % 2] for row in range(shape[1] * queries)]).reshape(shape)
+        mask, tile = hidden(seen, nothing=nothing), key // 32
+        wanted = sizes.run(q, k, v, mask)
+        for each in (k, v):
+            each[:, :, (tile != 2) & (tile != 7)] = torch.nan
+        got = sizes.run(q, k, v, mask)
+        name = f"{nothing}, {queries} queries, {splits} splits{', each head alone' if per_head else ''}"
+        found[name] = bool(got.isfinite().all()) and torch.equal(got, wanted)
     return found
 
 
@@ -175,56 +177,27 @@ def fully_masked() -> list[float]:
         q, k, v = sizes.tensors()
         mask = torch.full((1, 1, 2, 70), -torch.inf, dtype=sizes.dtype)
         mask[..., 1, 0] = 0.0
-        y = run(sizes, q, k, v, mask)
+        y = sizes.run(q, k, v, mask)
         values.append(float(y[:, :, 0].abs().max()))
         values.append(float((y[:, :, 1] - v[:, :, 0].repeat_interleave(4, dim=1)).abs().max()))
     return values
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spelled:
-    """Attention with a soft-cap, or sinks around a number, or both."""
-
-    sizes: Sizes
-    softcap: float | None = None
-    sinks: float | None = None
-
-    def off(self, mask: Tensor | None) -> float:
-        """The largest difference to float64, in units in the last place at 1."""
-        q, k, v = self.sizes.tensors()
-        generator = torch.Generator().manual_seed(1)
-        heads = self.sizes.heads * self.sizes.groups
-        drawn = torch.randn(heads, generator=generator)
-        sinks = None if self.sinks is None else (drawn + self.sinks).to(self.sizes.dtype)
-        scale = self.sizes.width**-0.5
-        true = exact(q, k, v, mask, sinks, scale, self.softcap)
-        how = None if self.sizes.splits is None else split(self.sizes.splits)
-        result = launch(q, k, v, mask, scale, None, how, sinks=sinks, softcap=self.softcap)
-        assert result.shape == true.shape
-        assert result.is_contiguous()
-        assert not true.isnan().any()
-        return float((result.double() - true).abs().max()) / torch.finfo(self.sizes.dtype).eps
-
-    def __str__(self) -> str:
-        return f"{self.sizes}, cap {self.softcap}, sinks around {self.sinks}"
-
-
 def spelled() -> dict[str, float]:
-    """How far soft-caps and sinks are off, in units in the last place at 1."""
-    both: dict[str, float] = {"softcap": 2.0, "sinks": 0.5}
+    """How far soft-caps and sinks are off."""
+    both: dict[str, Any] = {"softcap": 2.0, "sinks": 0.5}
     cases = [
-        *(Spelled(sizes=Sizes(keys=70, splits=count), **each) for count in (1, 3, None)
+        *(Sizes(keys=70, splits=count, **each) for count in (1, 3, None)
           for each in ({"softcap": 2.0}, {"sinks": 0.5}, both)),
-        *(Spelled(sizes=Sizes(keys=65, heads=1, width=width), **both) for width in (64, 80, 128, 256)),
-        *(Spelled(sizes=Sizes(keys=40, groups=groups, queries=queries), **both)
+        *(Sizes(keys=65, heads=1, width=width, **both) for width in (64, 80, 128, 256)),
+        *(Sizes(keys=40, groups=groups, queries=queries, **both)
           for groups, queries in ((1, 1), (8, 1), (2, 5), (2, 16), (4, 3))),
-        *(Spelled(sizes=Sizes(keys=70, splits=count, dtype=torch.float16), softcap=50.0, sinks=around)
+        *(Sizes(keys=70, splits=count, dtype=torch.float16, softcap=50.0, sinks=around)
           for count in (1, 3) for around in (-20.0, 12.0)),
-        *(Spelled(sizes=Sizes(keys=70, splits=count, dtype=torch.float32), sinks=0.5) for count in (1, 3)),
-        Spelled(sizes=Sizes(width=24, value_width=40), **both),
-        Spelled(sizes=Sizes(keys=0), sinks=0.0), Spelled(sizes=Sizes(keys=1, splits=1), **both),
+        *(Sizes(keys=70, splits=count, dtype=torch.float32, sinks=0.5) for count in (1, 3)),
+        Sizes(width=24, value_width=40, **both), Sizes(keys=0, sinks=0.0), Sizes(keys=1, splits=1, **both),
     ]  # fmt: skip
-    return {str(case): case.off(None) for case in cases}
+    return {str(case): case.off() for case in cases}
 
 
 def spelled_masks() -> dict[str, float]:
@@ -237,30 +210,24 @@ def spelled_masks() -> dict[str, float]:
         "rows that show nothing": (key < 50 + token) & (token != 1),
         "nothing": torch.zeros(3, 100, dtype=torch.bool),
     }
-    for name, shown in seen.items():
-        for count in (1, 4):
-            for nothing in (lowest, -torch.inf):
-                for sinks in (None, 0.5):
-                    if sinks is None and nothing == -torch.inf and "nothing" in name:
-                        continue  # eager mode yields NaN
-                    mask = torch.zeros((), dtype=torch.bfloat16).where(shown, nothing)[None, None]
-                    case = Spelled(sizes=Sizes(queries=3, keys=100, splits=count), softcap=2.0, sinks=sinks)
-                    found[f"{name} by {nothing}, {count}, sinks {sinks}"] = case.off(mask)
+    for (name, shown), count, nothing, sinks in product(seen.items(), (1, 4), (lowest, -torch.inf), (None, 0.5)):
+        if sinks is None and nothing == -torch.inf and "nothing" in name:
+            continue  # eager mode yields NaN
+        sizes = Sizes(queries=3, keys=100, splits=count, softcap=2.0, sinks=sinks)
+        found[f"{name} by {nothing}, {count}, sinks {sinks}"] = sizes.off(hidden(shown, nothing=nothing)[None, None])
     return found
 
 
 def no_sinks() -> list[bool]:
     """Whether sinks of minus infinity change nothing, in one part and in several, of queries that see nothing, too."""
-    found = []
-    for splits in (1, 3):
-        sizes = Sizes(keys=70, queries=2)
-        q, k, v = sizes.tensors()
-        mask = torch.zeros(1, 1, 2, 70, dtype=sizes.dtype)
-        mask[..., 1, :] = -torch.inf
-        sinks = torch.full((8,), -torch.inf, dtype=sizes.dtype)
-        plain = launch(q, k, v, mask, 0.25, None, split(splits))
-        found.append(torch.equal(launch(q, k, v, mask, 0.25, None, split(splits), sinks=sinks), plain))
-    return found
+    q, k, v = Sizes(keys=70, queries=2).tensors()
+    mask = torch.zeros(1, 1, 2, 70, dtype=q.dtype)
+    mask[..., 1, :] = -torch.inf
+    none = torch.full((8,), -torch.inf, dtype=q.dtype)
+    return [
+        torch.equal(*(launch(q, k, v, mask, 0.25, None, split(count), sinks=sinks) for sinks in (None, none)))
+        for count in (1, 3)
+    ]
 
 
 def layouts() -> dict[str, bool]:
@@ -301,17 +268,12 @@ def variants() -> int:
 def main() -> None:
     prepare()
     wide_products()
-    splits = {}
-    for name, sizes, mask in masks():
-        parts = [run(replace(sizes, splits=count), *sizes.tensors(), mask).double() for count in (1, 4)]
-        splits[name] = max(float((each - parts[0]).abs().max()) / torch.finfo(sizes.dtype).eps for each in parts)
     rules = (GroupedAttention(), EagerAttention())
     checked = {rule.name: check_rule(rule, providers=[TRITON], samples=samples(rule)) for rule in rules}
     result = {
-        "sizes": {str(each): off(each, *each.tensors(), None) for each in EVERY},
-        "masks": {name: off(sizes, *sizes.tensors(), mask) for name, sizes, mask in masks()},
-        "splits": splits,
-        "strides": {name: off(sizes, *arguments, None) for name, sizes, arguments in strides()},
+        "sizes": {str(each): each.off() for each in EVERY},
+        "masks": {name: sizes.off(mask) for name, sizes, mask in masks()},
+        "strides": {name: sizes.off(tensors=tensors) for name, sizes, tensors in strides()},
         "skipped": skipped(), "fully masked": fully_masked(), "layouts": layouts(), "variants": variants(),
         "spelled": spelled(), "spelled masks": spelled_masks(), "no sinks": no_sinks(),
         "cases": {name: each.cases["triton"] for name, each in checked.items()},

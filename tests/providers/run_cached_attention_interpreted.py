@@ -1,7 +1,5 @@
 """Runs attention that writes its token into the caches first, on the CPU by Triton's interpreter, and prints what came
 of it, as one JSON object.
-
-A process of its own: whether a kernel is interpreted is settled when Triton is imported, by `TRITON_INTERPRET=1`.
 """
 
 import json
@@ -18,13 +16,11 @@ from fuseplan.providers.triton import attention
 from fuseplan.providers.triton.attention import launch
 from fuseplan.providers.triton.cached_attention import Token
 from fuseplan.providers.triton.cached_rotary import QkNorm
-from fuseplan.providers.triton.split import Split
 from fuseplan.rules.families.cached_attention import CACHED_ATTENTION_RULES
-from fuseplan.rules.parts.attention.op import exact_attention
 from fuseplan.testing import check_rule
-from fuseplan.verification.layout import significant_strides
-from tests.providers.run_attention_interpreted import samples
-from tests.providers.run_interpreted import TRITON, Recorded, prepare, wide_products
+from tests.eager_attention import exact
+from tests.providers.run_attention_interpreted import samples, split
+from tests.providers.run_interpreted import TRITON, Recorded, apart, prepare, wide_products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +99,7 @@ class Step:
         )  # fmt: skip
         return launch(
             given["q"], given["k_cache"], given["v_cache"], given["mask"], given["scale"], self.kernel,
-            Split(count=self.splits, block=32, warps=4, stages=2), sinks=self.logits, softcap=self.softcap,
-            written=token,
+            split(self.splits), sinks=self.logits, softcap=self.softcap, written=token,
         )  # fmt: skip
 
     @property
@@ -122,15 +117,12 @@ class Step:
         op = ops.qk_norm_rope_cache if self.norm else ops.rope_cache
         tensors = (given[name] for name in names)
         q, *caches = op.reference(*tensors, given["positions"], *norm, given["rotary_rounding"])
-        mask = None if given["mask"] is None else given["mask"].double()
-        sinks = None if self.logits is None else self.logits.double()
-        k, v = (each.double() for each in caches)
-        wanted = exact_attention(q.double(), k, v, mask, given["scale"], softcap=self.softcap, sinks=sinks)
+        wanted = exact(q, caches[0], caches[1], given["mask"], self.logits, given["scale"], self.softcap)
         got = self.run(given)
         written = zip((given["k_cache"], given["v_cache"]), caches, strict=True)
         if not all(torch.equal(a, b) for a, b in written):
             return float("inf")
-        return float((got.double() - wanted.nan_to_num(0.0)).abs().max()) / torch.finfo(self.dtype).eps
+        return apart(got, wanted.nan_to_num(0.0), self.dtype)
 
 
 def steps() -> Iterator[Step]:
@@ -208,18 +200,6 @@ def strides() -> dict[str, bool]:
     return found
 
 
-def layouts() -> list[bool]:
-    """Whether results lie in memory as the fused op's fake implementation says."""
-    found = []
-    for kernel in ("cudnn", "flash", "efficient", "cpu"):
-        step = Step(kernel=kernel)
-        given = {**step.arguments(), "is_causal": False, "kernel": kernel}
-        op = ops.rope_cached_attention
-        meta = (given[name].to("meta") if isinstance(given[name], Tensor) else given[name] for name in op.arguments)
-        found.append(significant_strides(step.run(given)) == significant_strides(op.fake(*meta)[0]))
-    return found
-
-
 def variants() -> int:
     """How many sets of constants the kernel is compiled for, while a cache grows and its position moves."""
     recorded = Recorded()
@@ -235,7 +215,7 @@ def main() -> None:
     wide_products()
     result = {
         "steps": {str(step): step.off() for step in steps()},
-        "stale": stale(), "out of bounds": out_of_bounds(), "strides": strides(), "layouts": layouts(),
+        "stale": stale(), "out of bounds": out_of_bounds(), "strides": strides(),
         "variants": variants(),
         "cases": [
             check_rule(rule, providers=[TRITON], samples=samples(rule)).cases["triton"]

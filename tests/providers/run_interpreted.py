@@ -23,10 +23,10 @@ from triton.runtime import interpreter
 from fuseplan import testing
 from fuseplan.dialect import NORM_FAMILY, ops
 from fuseplan.providers import BUILT_IN_PROVIDERS
-from fuseplan.rules import Bindings
 from fuseplan.rules.families import BUILT_IN_RULES
 from fuseplan.rules.families.cached_rotary import CACHED_ROTARY_RULES
 from fuseplan.testing import check_rule
+from tests.providers.epilogues import own
 from tests.rules.test_rules import arguments_of
 
 CPU = torch.device("cpu")
@@ -113,6 +113,11 @@ def _widened(value: Any) -> Any:
     return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
 
 
+def apart(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> float:
+    """The largest difference to float64, in units in the last place of a dtype at 1."""
+    return float((got.double() - wanted).abs().amax()) / torch.finfo(dtype).eps if wanted.numel() else 0.0
+
+
 class Recorded:
     """What a kernel is launched with."""
 
@@ -165,22 +170,17 @@ def difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
 def not_finite() -> dict[str, list[bool]]:
     """By epilogue: whether infinity and NaN stay where the reference has them, padding included."""
     found = {}
-    for suffix, own in EPILOGUES.items():
+    for suffix in ("pad", "static_fp8_quant", "dynamic_fp8_quant"):
         op = NORM_FAMILY[False, True, suffix]
         x, residual = torch.randn(4, 24).bfloat16(), torch.randn(4, 24).bfloat16()
         x[0, 1], x[1, 2], residual[2] = float("inf"), float("nan"), 0.0
         x[2] = 0.0
-        arguments = x, residual, torch.ones(24).bfloat16(), 1e-5, "llama", *own
+        arguments = x, residual, torch.ones(24).bfloat16(), 1e-5, "llama", *own(suffix).values()
         pairs = zip(op.kernel("triton")(*arguments), op.reference(*arguments), strict=True)
         found[suffix] = [torch.equal(got.float().isnan(), wanted.float().isnan()) for got, wanted in pairs]
     return found
 
 
-EPILOGUES: dict[str, tuple[Any, ...]] = {
-    "pad": (8,),
-    "static_fp8_quant": (torch.tensor([0.02]), torch.float8_e4m3fn, "divide"),
-    "dynamic_fp8_quant": (torch.float8_e4m3fn, 1e-6, 0.0, 0.0, None, "multiply"),
-}
 MANY_ROWS = 100
 CHECKED = ("fused_add_rms_norm_pad", "silu_and_mul_dynamic_fp8_quant")
 """One of each family that runs on one rank."""
@@ -269,14 +269,6 @@ def out_of_bounds() -> dict[str, bool]:
     return found
 
 
-def declined() -> str:
-    """What is said of more leading dimensions than the kernel steps through."""
-    x = torch.empty(2, 2, 2, 3, 8)
-    refusal = TRITON.offers()["qk_norm_rope"].accepts(Bindings("qk_norm_rope", {"q": x}))
-    assert refusal is not None
-    return refusal.detail
-
-
 def main() -> None:
     """Alone with the argument `kept`: every sample of ops that yield what they quantise, of which else one is tried."""
     prepare()
@@ -294,12 +286,9 @@ def main() -> None:
                  for each in BUILT_IN_RULES if each.op.name in CHECKED}  # fmt: skip
     result = {
         "differences": differences(TRITON.implements.keys() - PRODUCTS - KEPT) | differences(KEPT, most=1),
-        "odd": odd(), "declined": declined(),
-        "more than programs": more_than_programs(), "cases": checked.cases["triton"],
-        "refused": checked.refused, "not finite": not_finite(),
-        "caches": caches(), "out of bounds": out_of_bounds(),
-        "cached": [each.cases["triton"] for each in cached_rotary],
-        "alone": alone,
+        "odd": odd(), "more than programs": more_than_programs(), "not finite": not_finite(), "caches": caches(),
+        "out of bounds": out_of_bounds(), "cases": checked.cases["triton"], "refused": checked.refused,
+        "cached": [each.cases["triton"] for each in cached_rotary], "alone": alone,
     }  # fmt: skip
     print(json.dumps(result))
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,27 +27,17 @@ from fuseplan.providers.triton.all_reduce_norm import Schedule, launch
 from fuseplan.providers.triton.epilogues import epilogue_of
 from fuseplan.providers.triton.launching import Norm, Tile
 from tests.providers import whole_words
+from tests.providers.epilogues import own
 from tests.providers.run_interpreted import prepare
 from tests.ranks import always, leave, left_in
 
 RANK, RANKS, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 CPU, WIDTH = torch.device("cpu"), 48
 EPILOGUES: dict[str | None, dict[str, Any]] = {
-    None: {},
-    "pad": {"right": 16},
-    "static_fp8_quant": {"scale": torch.tensor([0.02]), "dtype": torch.float8_e4m3fn, "quant_rounding": "divide"},
-    "dynamic_fp8_quant": {
-        "dtype": torch.float8_e4m3fn,
-        "min_scale": 1e-6,
-        "max_scale": 0.0,
-        "zero_scale": 0.0,
-        "scale_ub": None,
-        "quant_rounding": "multiply",
-    },
-    "mx_fp4_quant": {"group_size": 16, "scaling": "even", "layout": "swizzled"},
-    "nv_fp4_quant": {"group_size": 16, "global_scale": torch.tensor(0.02), "min_scale": 2.0**-6, "layout": "rows"},
+    **{suffix: own(suffix) for suffix in (None, "pad", "static_fp8_quant", "dynamic_fp8_quant")},
+    "mx_fp4_quant": own("mx_fp4_quant", group_size=16, layout="swizzled"),
+    "nv_fp4_quant": own("nv_fp4_quant", global_scale=torch.tensor(0.02), layout="rows"),
 }
-"""A fused op's own arguments, in their order."""
 ONE_SHOT = (
     (5, 5, 0, "pad"),
     (1, 1, 0, None),
@@ -97,10 +88,10 @@ def computed(
     """What one call gives, and the reference of the sum in float32. Every other seed yields what is quantised."""
     parts = [part(RANK if space.loopback else rank, rows, seed) for rank in range(RANKS)]
     residual, weight = part(RANKS, rows, seed), (1 + 0.1 * part(RANKS + 1, 1, seed)[0]).bfloat16()
-    own, key = EPILOGUES[suffix], (False, True, suffix)
+    given, key = EPILOGUES[suffix], (False, True, suffix)
     keeps = seed % 2 == 1 and key in KEPT_NORM_FAMILY
     got = launch(
-        parts[RANK], residual, Norm(weight=weight, eps=1e-5, rounding=Rounding.LLAMA), epilogue_of(suffix)(**own),
+        parts[RANK], residual, Norm(weight=weight, eps=1e-5, rounding=Rounding.LLAMA), epilogue_of(suffix)(**given),
         space, schedule, keeps=keeps,
     )  # fmt: skip
     reduced = parts[0].float()
@@ -108,7 +99,7 @@ def computed(
         reduced = reduced + each.float()
     family = KEPT_NORM_FAMILY if keeps else NORM_FAMILY
     plain = family[key].reference if suffix else torch.ops.fuseplan.fused_add_rms_norm
-    return got, plain(reduced.bfloat16(), residual, weight, 1e-5, "llama", *own.values())
+    return got, plain(reduced.bfloat16(), residual, weight, 1e-5, "llama", *given.values())
 
 
 def call(space: Workspace, rows: int, schedule: Schedule | None, suffix: str | None, seed: int) -> tuple[bool, Tensor]:
@@ -125,7 +116,8 @@ def schedule(programs: int, lag: int, two_shot: bool) -> Schedule:
 def main() -> None:
     prepare()
     whole_words.install()
-    all_reduce_norm.standing_of = patient(all_reduce_norm.standing_of)
+    # Who waits leaves the processor to whom it waits for.
+    all_reduce_norm.standing_of = observed(lambda: time.sleep(0.001))
     store = FileStore(str(FOLDER / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=RANK, world_size=RANKS)
     seen: dict[str, Any] = {}
@@ -147,8 +139,9 @@ def main() -> None:
     seen["loopback"] = loopback()
     seen["unlike"] = unlike()
     for two_shot in (False, True) if RANKS > 2 else (False,):
-        seen[f"missing, {1 + two_shot} shots"] = missing(two_shot)
-        seen[f"late, {1 + two_shot} shots"] = late(two_shot)
+        for comes_late in (False, True):
+            name = f"{'late' if comes_late else 'missing'}, {1 + two_shot} shots"
+            seen[name] = given_up(two_shot, comes_late)
     seen["deadline"] = deadline()
     (FOLDER / f"{RANK}.json").write_text(json.dumps(seen))
     leave()
@@ -194,28 +187,34 @@ def deadline() -> list[str]:
     found = []
     if RANK == 0:
         _, total = call(space, 2, None, None, 80)
-        found.append("NaN" if total.isnan().all() else "numbers")
-        for _ in range(2):
-            try:
-                call(space, 2, None, None, 81)
-            except CollectiveError as error:
-                found.append(str(error))
+        found = ["NaN" if total.isnan().all() else "numbers"]
+        found += [str(raised_by(lambda: call(space, 2, None, None, 81))) for _ in range(2)]
     else:
         time.sleep(0.1)
     dist.barrier()
     return found
 
 
-def patient(standing_of: Any) -> Any:
-    """`standing_of`, with a pause before each further look: who waits leaves the processor to whom it waits for."""
+def raised_by(function: Callable[[], object]) -> str | None:
+    """What the host says when it is asked."""
+    try:
+        function()
+    except CollectiveError as error:
+        return str(error)
+    return None
 
-    def pausing(*arguments: Any) -> Any:
+
+def observed(on_wait: Callable[[], object]) -> Any:
+    """`standing_of`, which calls a function for each further look that whoever waits will take."""
+    standing_of = all_reduce_norm.standing_of
+
+    def observing(*arguments: Any) -> Any:
         standing = standing_of(*arguments)
         if int(standing.handle.data.item()) == all_reduce_norm.AWAITED.value:
-            time.sleep(0.001)
+            on_wait()
         return standing
 
-    return pausing
+    return observing
 
 
 class Replayed:
@@ -235,26 +234,12 @@ class Replayed:
         number = len(self.outcomes)
         rows, programs, lag = ((3, 2, 1), (2, 2, 0), (4, 2, 0), (2, 1, 1))[number % 4]
         self.space.timeout = timeout or NEVER
-        seen, standing_of = [0], all_reduce_norm.standing_of
-
-        def counting(*arguments: Any) -> Any:
-            standing = standing_of(*arguments)
-            seen[0] += int(standing.handle.data.item()) == all_reduce_norm.AWAITED.value
-            return standing
-
-        how = schedule(programs, lag, self.two_shot)
+        seen = list[None]()
+        how, counting = schedule(programs, lag, self.two_shot), observed(lambda: seen.append(None))
         with mock.patch.object(self.space, "check"), mock.patch.object(all_reduce_norm, "standing_of", counting):
             got, wanted = computed(self.space, rows, how, tuple(EPILOGUES)[number % len(EPILOGUES)], 300 + number)
         self.outcomes.append(outcome(got, wanted))
-        self.waits.append(seen[0])
-
-    def raised(self) -> str | None:
-        """What the host says when it is asked."""
-        try:
-            self.space.check()
-        except CollectiveError as error:
-            return str(error)
-        return None
+        self.waits.append(len(seen))
 
 
 NEVER, SOON = 10**12, 40
@@ -279,37 +264,23 @@ def outcome(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> str:
     return "right or NaN" if (lost | right).all() else "wrong"
 
 
-def missing(two_shot: bool) -> dict[str, Any]:
-    """The last rank takes part in some calls, and never again."""
-    replayed = Replayed(two_shot)
+def given_up(two_shot: bool, comes_late: bool) -> dict[str, Any]:
+    """The last rank takes part in some calls, and then never again, or once the others have given up a call: what it
+    sends lies there when the slot's turn comes again, and it makes all further calls.
+    """
+    replayed, is_away = Replayed(two_shot), RANK == RANKS - 1
     for _ in range(2):
         replayed.call()
-    dist.barrier()
-    if RANK < RANKS - 1:
-        for _ in range(4):
+    for calls in (not is_away, is_away and comes_late):
+        dist.barrier()
+        if calls:
             replayed.call(SOON)
     dist.barrier()
-    return {"outcomes": replayed.outcomes, "waits": replayed.waits, "raised": replayed.raised()}
-
-
-def late(two_shot: bool) -> dict[str, Any]:
-    """The last rank comes to a call after the others have given it up, so that what it sends lies there when the slot's
-    turn comes again, and makes all further calls.
-    """
-    replayed = Replayed(two_shot)
-    for _ in range(2):
-        replayed.call()
+    for _ in range(4 if comes_late else 3):
+        if comes_late or not is_away:
+            replayed.call(SOON)
     dist.barrier()
-    if RANK < RANKS - 1:
-        replayed.call(SOON)
-    dist.barrier()
-    if RANK == RANKS - 1:
-        replayed.call(SOON)
-    dist.barrier()
-    for _ in range(4):
-        replayed.call(SOON)
-    dist.barrier()
-    return {"outcomes": replayed.outcomes, "waits": replayed.waits, "raised": replayed.raised()}
+    return {"outcomes": replayed.outcomes, "waits": replayed.waits, "raised": raised_by(replayed.space.check)}
 
 
 if __name__ == "__main__":

@@ -19,7 +19,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from fuseplan.dialect import ops
+from fuseplan.rules import Bindings
+from fuseplan.verification.memory import Loopback, Poisoned
+from tests.forks import Forks, Request
+from tests.helpers import randn
+
 DATA = Path(__file__).parent / "data"
+FN = torch.float8_e4m3fn
+MIN_SCALE = 1 / (448 * 512)
+"""The least scale that FlashInfer and vLLM have for a row."""
 
 
 def snapshot(name: str) -> dict[str, Any]:
@@ -118,9 +127,9 @@ def installed(
 
 
 @contextmanager
-def ranks(count: int) -> Iterator[str]:
-    """The name of a process group of so many ranks, of which this is the first and the others don't exist."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+def ranks(count: int, rank: int = 0) -> Iterator[str]:
+    """The name of a process group of so many ranks, of which this is one and the others don't exist."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=count)
     assert dist.group.WORLD is not None
     try:
         yield dist.group.WORLD.group_name
@@ -136,3 +145,68 @@ def is_aligned(*tensors: Tensor | None) -> bool:
 def normed(total: Tensor, weight: Tensor, eps: float, bias: float = 0.0) -> Tensor:
     """The norm of a float32 sum, not rounded."""
     return total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps) * (bias + weight.float())
+
+
+def fp8(y: Tensor, reciprocal: Tensor | float) -> Tensor:
+    """Codes of rows, which are multiplied by the reciprocal of their scale."""
+    return (y.float() * reciprocal).clamp(-448, 448).to(FN)
+
+
+def arguments_of(name: str, dtype: torch.dtype, shape: tuple[int, ...], **more: Any) -> dict[str, Any]:
+    """Of a fused op, by name; `rounding`, `group_name` and `right` have to be among `more` where it has them."""
+    halves = randn(*shape[:-1], 2 * shape[-1], seed=3).to(dtype)
+    values: dict[str, Any] = {
+        "x": randn(*shape, seed=1).to(dtype),
+        "residual": randn(*shape, seed=2).to(dtype) * 3,
+        "weight": torch.linspace(0.5, 1.5, shape[-1]).to(dtype),
+        "eps": 1e-5,
+        "gate": halves[..., : shape[-1]],
+        "up": halves[..., shape[-1] :],
+        "scale": torch.tensor([0.02]),
+        "dtype": FN,
+        "min_scale": MIN_SCALE,
+        **dict.fromkeys(("max_scale", "zero_scale", "min_power"), 0.0),
+        "scale_ub": None,
+        "ue8m0": False,
+        "group_size": 64,
+        "layout": "rows",
+        "quant_rounding": "multiply" if "static" in name else "divide",
+        **more,
+    }
+    return {argument: values[argument] for argument in ops[name].arguments}
+
+
+def as_tuple(results: Any) -> tuple[Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def bits(value: Tensor) -> Tensor:
+    return value.contiguous().view(torch.uint8)
+
+
+def check_bits(provider: str, name: str, given: dict[str, Any]) -> None:
+    """The kernel gives the reference's bits, in memory that was poisoned, and leaves its arguments as they are."""
+    before = {key: value.clone() for key, value in given.items() if isinstance(value, Tensor)}
+    with Loopback():
+        expected = ops[name].reference(*given.values())
+        with Poisoned():
+            actual = ops[name].kernel(provider)(*given.values())
+    for got, wanted in zip(*map(as_tuple, (actual, expected)), strict=True):
+        assert (got.dtype, got.shape, got.stride()) == (wanted.dtype, wanted.shape, wanted.stride())
+        assert torch.equal(bits(got), bits(wanted))
+    assert all(torch.equal(bits(given[key]), bits(value)) for key, value in before.items())
+
+
+def check_declined(gate: Any, detail: str | None, count: int = 2, /, **values: Any) -> None:
+    """A gate declines arguments in a group of so many ranks, and says so; None: it takes them."""
+    with ranks(count) as group:
+        refusal = gate(Bindings("r", {"group_name": group, **values}))
+    assert (refusal is None) if detail is None else detail in refusal.detail
+
+
+def printed_by(forks: Forks, script: str, *arguments: str) -> Any:
+    """The JSON that a script of this folder prints in its last line."""
+    request = Request(module=f"tests.providers.{script}", processes=((arguments, {}),))
+    (outcome,) = forks.outcomes(forks.start(request))
+    assert outcome.status == 0, outcome.output
+    return json.loads(outcome.output.splitlines()[-1])

@@ -47,88 +47,77 @@ def check_refusal(refusal: Refusal | None, reason: Reason | None, says: str = ""
     assert says in (refusal.detail if refusal else "")
 
 
+def attention(**changed: Any) -> dict[str, Any]:
+    return {**ATTENTION, **changed}
+
+
+def linear(**changed: Any) -> dict[str, Any]:
+    return {**LINEAR, **changed}
+
+
+def scaled(**changed: Any) -> dict[str, Any]:
+    return {**SCALED_LINEAR, **changed}
+
+
+NARROW_ONLY, IN_ROWS = "takes bfloat16 and float16; {} is float32", "reads rows of weights; those of {} lie apart"
+EVERY_CACHED = (ops.rope_cached_attention.name, ops.qk_norm_rope_cached_attention.name)
+
+
 @pytest.mark.parametrize(
-    ("values", "reason", "says"),
+    ("op", "given", "reason", "says"),
     [
-        ({}, None, ""),
-        ({"mask": None, "kernel": "cpu"}, None, ""),
-        (
-            {"q": empty(2, 8, 16, 256, dtype=HALF), "v": empty(2, 2, 40, 80, dtype=HALF), "kernel": "efficient"},
-            None, "",
+        *(
+            ("grouped_attention", attention(**given), reason, says)
+            for given, reason, says in (
+                ({}, None, ""),
+                ({"mask": None, "kernel": "cpu"}, None, ""),
+                ({"q": empty(2, 8, 16, 256, dtype=HALF), "v": empty(2, 2, 40, 80, dtype=HALF), "kernel": "efficient"},
+                 None, ""),
+                ({"v": empty(2, 2, 40, 80)}, Reason.SIZE, "heads of q have 128 elements, of v 80"),
+                ({"q": empty(2, 8, 1, 128, dtype=WIDE)}, Reason.DTYPE, NARROW_ONLY.format("q")),
+                ({"q": empty(2, 8, 17, 128)}, Reason.SIZE, "up to 16 query tokens; q has 17"),
+                ({"q": empty(2, 8, 1, 257)}, Reason.SIZE, "those of q have 257, of v 128"),
+                ({"v": empty(2, 2, 40, 512)}, Reason.SIZE, "those of q have 128, of v 512"),
+                ({"is_causal": True}, Reason.ATTRIBUTE, "is_causal=False"),
+                ({"kernel": "overrideable"}, Reason.PROVIDER, "a device outside of torch"),
+            )
         ),
-        ({"v": empty(2, 2, 40, 80)}, Reason.SIZE, "heads of q have 128 elements, of v 80"),
-        ({"q": empty(2, 8, 1, 128, dtype=WIDE)}, Reason.DTYPE, "takes bfloat16 and float16; q is float32"),
-        ({"q": empty(2, 8, 17, 128)}, Reason.SIZE, "up to 16 query tokens; q has 17"),
-        ({"q": empty(2, 8, 1, 257)}, Reason.SIZE, "those of q have 257, of v 128"),
-        ({"v": empty(2, 2, 40, 512)}, Reason.SIZE, "those of q have 128, of v 512"),
-        ({"is_causal": True}, Reason.ATTRIBUTE, "is_causal=False"),
-        ({"kernel": "overrideable"}, Reason.PROVIDER, "a device outside of torch"),
+        *(
+            (op, cached(first=first, **given), reason, says)
+            for op in EVERY_CACHED
+            for first in (True, False)
+            for given, reason, says in (
+                ({}, None, ""),
+                ({"width": 256, "kernel": "cpu"}, None, ""),
+                ({"tokens": 2}, Reason.SIZE, "the kernel takes one query token; q has 2"),
+                ({"width": 264}, Reason.SIZE, "heads of up to 256 elements; those of q have 264"),
+                ({"is_causal": True}, Reason.ATTRIBUTE, "is_causal=False"),
+                ({"q": torch.empty(2, 8, 1, 128)}, Reason.DTYPE, NARROW_ONLY.format("q")),
+                ({"v": torch.empty(2, 2, 1, 64)}, Reason.SIZE, "heads of q have 128 elements, of v 64"),
+            )
+        ),
+        ("skinny_linear", LINEAR, None, ""),
+        ("skinny_linear", linear(x=empty(1, 64, dtype=WIDE)), Reason.DTYPE, NARROW_ONLY.format("x")),
+        ("skinny_linear", linear(weight0=empty(64, 32).T), Reason.LAYOUT, IN_ROWS.format("weight0")),
+        ("skinny_scaled_linear", SCALED_LINEAR, None, ""),
+        ("skinny_scaled_linear", scaled(x=empty(1, 64, dtype=WIDE)), Reason.DTYPE, "takes float8_e4m3fn; x is float32"),
+        ("skinny_scaled_linear", scaled(weight0=empty(64, 32, dtype=CODES).T), Reason.LAYOUT,
+         IN_ROWS.format("weight0")),
+        ("skinny_scaled_linear", scaled(weight_scale0=empty(1, 32, 4, dtype=WIDE)[..., 0]), Reason.LAYOUT,
+         IN_ROWS.format("weight_scale0")),
+        ("skinny_scaled_linear", scaled(x=empty(1, 72, dtype=CODES)), Reason.SIZE,
+         "multiples of 16, as tensor cores do"),
+        ("qk_norm_rope", {"q": empty(2, 2, 2, 3, 8)}, Reason.SIZE, "up to 2 dimensions before the heads; q has 3"),
     ],
 )  # fmt: skip
-def test_what_attention_takes(values: dict[str, Any], reason: Reason | None, says: str) -> None:
-    bindings = Bindings("grouped_attention", {**ATTENTION, **values})
-    check_refusal(ACCEPTS[ops.grouped_attention.name](bindings), reason, says)
+def test_what_kernels_take(op: str, given: dict[str, Any], reason: Reason | None, says: str) -> None:
+    check_refusal(ACCEPTS[ops[op].name](Bindings(op, given)), reason, says)
 
 
 @pytest.mark.parametrize("softcap", [None, 50.0, 1e4, 1e6])
 def test_caps_that_float32_cannot_tell_scores_apart_under_are_refused(softcap: float | None) -> None:
     bindings = Bindings("eager_attention", {**ATTENTION, "softcap": softcap})
     check_refusal(ACCEPTS[ops.fused_attention.name](bindings), Reason.ATTRIBUTE if softcap == 1e6 else None)
-
-
-@pytest.mark.parametrize("name", [ops.rope_cached_attention.name, ops.qk_norm_rope_cached_attention.name])
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize(
-    ("given", "reason", "says"),
-    [
-        ({}, None, ""),
-        ({"width": 256, "kernel": "cpu"}, None, ""),
-        ({"tokens": 2}, Reason.SIZE, "the kernel takes one query token; q has 2"),
-        ({"width": 264}, Reason.SIZE, "heads of up to 256 elements; those of q have 264"),
-        ({"is_causal": True}, Reason.ATTRIBUTE, "is_causal=False"),
-        ({"q": torch.empty(2, 8, 1, 128)}, Reason.DTYPE, "takes bfloat16 and float16; q is float32"),
-        ({"v": torch.empty(2, 2, 1, 64)}, Reason.SIZE, "heads of q have 128 elements, of v 64"),
-    ],
-)
-def test_what_cached_attention_takes(
-    name: str, first: bool, given: dict[str, Any], reason: Reason | None, says: str
-) -> None:
-    check_refusal(ACCEPTS[name](Bindings("cached_attention", cached(first=first, **given))), reason, says)
-
-
-@pytest.mark.parametrize(
-    ("op", "given", "reason", "says"),
-    [
-        ("skinny_linear", LINEAR, None, ""),
-        (
-            "skinny_linear", LINEAR | {"x": empty(1, 64, dtype=WIDE)}, Reason.DTYPE,
-            "takes bfloat16 and float16; x is float32",
-        ),
-        (
-            "skinny_linear", LINEAR | {"weight0": empty(64, 32).T}, Reason.LAYOUT,
-            "reads rows of weights; those of weight0 lie apart",
-        ),
-        ("skinny_scaled_linear", SCALED_LINEAR, None, ""),
-        (
-            "skinny_scaled_linear", SCALED_LINEAR | {"x": empty(1, 64, dtype=WIDE)}, Reason.DTYPE,
-            "takes float8_e4m3fn; x is float32",
-        ),
-        (
-            "skinny_scaled_linear", SCALED_LINEAR | {"weight0": empty(64, 32, dtype=CODES).T}, Reason.LAYOUT,
-            "reads rows of weights; those of weight0 lie apart",
-        ),
-        (
-            "skinny_scaled_linear", SCALED_LINEAR | {"weight_scale0": empty(1, 32, 4, dtype=WIDE)[..., 0]},
-            Reason.LAYOUT, "reads rows of weights; those of weight_scale0 lie apart",
-        ),
-        (
-            "skinny_scaled_linear", SCALED_LINEAR | {"x": empty(1, 72, dtype=CODES)}, Reason.SIZE,
-            "multiples of 16, as tensor cores do",
-        ),
-    ],
-)  # fmt: skip
-def test_what_linear_layers_take(op: str, given: dict[str, Any], reason: Reason | None, says: str) -> None:
-    check_refusal(ACCEPTS[op](Bindings(op, given)), reason, says)
 
 
 class OnGPU:

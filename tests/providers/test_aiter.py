@@ -17,12 +17,10 @@ from fuseplan.distributed.shared import SHARED
 from fuseplan.errors import CollectiveError
 from fuseplan.providers import BUILT_IN_PROVIDERS, aiter
 from fuseplan.rules import Bindings
-from fuseplan.verification.memory import Loopback, Poisoned
-from tests.helpers import randn
-from tests.providers.stand_ins import Library, normed, ranks
+from fuseplan.verification.memory import Loopback
+from tests.providers.stand_ins import FN, Library, arguments_of, check_bits, check_declined, normed, ranks
 
 PROVIDER = next(each for each in BUILT_IN_PROVIDERS if each.name == "aiter")
-FN = torch.float8_e4m3fn
 MOST_BYTES = 2**26
 
 
@@ -118,9 +116,8 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return asked
 
 
-def arguments(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
-    x, residual = randn(*shape, seed=1).to(dtype), randn(*shape, seed=2).to(dtype) * 3
-    return x, residual, torch.linspace(0.5, 1.5, shape[-1]).to(dtype)
+def arguments(name: str, shape: tuple[int, ...], group: str = "", **more: Any) -> dict[str, Any]:
+    return arguments_of(name, torch.bfloat16, shape, **{"rounding": "fp32", "group_name": group, **more})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -129,17 +126,8 @@ def arguments(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> tu
 def test_the_triton_kernel_gives_the_references_bits(
     library: Aiter, shape: tuple[int, ...], right: int, dtype: torch.dtype
 ) -> None:
-    x, residual, weight = arguments(shape, dtype)
-    before = x.clone(), residual.clone()
-    with Poisoned():
-        alone = ops.rms_norm_pad.kernel("aiter")(x, weight, 1e-5, "gpt_oss", right)
-        added, total = ops.fused_add_rms_norm_pad.kernel("aiter")(x, residual, weight, 1e-5, "fp32", right)
-    assert torch.equal(alone, ops.rms_norm_pad.reference(x, weight, 1e-5, "gpt_oss", right))
-    wanted = ops.fused_add_rms_norm_pad.reference(x, residual, weight, 1e-5, "fp32", right)
-    assert torch.equal(added, wanted[0])
-    assert torch.equal(total, wanted[1])
-    assert torch.equal(x, before[0])
-    assert torch.equal(residual, before[1])
+    for name, rounding in (("rms_norm_pad", "gpt_oss"), ("fused_add_rms_norm_pad", "fp32")):
+        check_bits("aiter", name, arguments_of(name, dtype, shape, right=right, rounding=rounding))
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
@@ -148,16 +136,9 @@ def test_the_triton_kernel_gives_the_references_bits(
 def test_the_all_reduce_gives_the_references_bits(
     library: Aiter, groups: list[dict[str, Any]], shape: tuple[int, ...], right: int, count: int
 ) -> None:
-    op = ops.all_reduce_fused_add_rms_norm_pad if right else ops.all_reduce_fused_add_rms_norm
+    name = "all_reduce_fused_add_rms_norm" + ("_pad" if right else "")
     with ranks(count) as group:
-        given = (*arguments(shape), 1e-5, "fp32", *((right,) if right else ()), group)
-        with Loopback():
-            expected = op.reference(*given)
-            with Poisoned():
-                actual = op.kernel("aiter")(*given)
-    for got, wanted in zip(actual, expected, strict=True):
-        assert got.is_contiguous()
-        assert torch.equal(got, wanted)
+        check_bits("aiter", name, arguments(name, shape, group, right=right))
     (communicator,) = library.communicators
     assert (communicator.device, communicator.max_size) == (torch.device("cpu"), MOST_BYTES)
     assert groups == [{"ranks": list(range(count)), "backend": "gloo", "use_local_synchronization": True}]
@@ -166,8 +147,7 @@ def test_the_all_reduce_gives_the_references_bits(
 def test_quantisation_rounds_nothing_before_it(library: Aiter, groups: list[dict[str, Any]]) -> None:
     op = ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant
     with ranks(2) as group:
-        x, residual, weight = arguments((5, 512))
-        given = (x, residual, weight, 1e-5, "fp32", FN, 1 / (448 * 512), 0.0, 0.0, None, "divide", group)
+        given = arguments(op.name, (5, 512), group).values()
         with Loopback():
             q, scale, total = op.kernel("aiter")(*given)
             expected = op.reference(*given)
@@ -197,19 +177,14 @@ def test_one_stage_or_two_is_decided_as_aiter_does(
     library: Aiter, groups: list[dict[str, Any]], count: int, shape: tuple[int, ...], quantises: bool, expected: bool
 ) -> None:
     with ranks(count) as group:
-        x, residual, weight = arguments(shape)
-        if quantises:
-            quant = (FN, 1 / (448 * 512), 0.0, 0.0, None, "divide")
-            op = ops.all_reduce_fused_add_rms_norm_dynamic_fp8_quant
-            op.kernel("aiter")(x, residual, weight, 1e-5, "fp32", *quant, group)
-        else:
-            ops.all_reduce_fused_add_rms_norm.kernel("aiter")(x, residual, weight, 1e-5, "fp32", group)
+        name = "all_reduce_fused_add_rms_norm" + ("_dynamic_fp8_quant" if quantises else "")
+        ops[name].kernel("aiter")(*arguments(name, shape, group).values())
     assert library.calls[0]["use_1stage"] is expected
 
 
 def fuse(rows: int, group: str, hidden: int = 512) -> tuple[Tensor, Tensor]:
-    given = (*arguments((rows, hidden)), 1e-5, "fp32", group)
-    result: tuple[Tensor, Tensor] = ops.all_reduce_fused_add_rms_norm.kernel("aiter")(*given)
+    op = ops.all_reduce_fused_add_rms_norm
+    result: tuple[Tensor, Tensor] = op.kernel("aiter")(*arguments(op.name, (rows, hidden), group).values())
     return result
 
 
@@ -280,19 +255,13 @@ def test_the_group_is_made_with_gloo(library: Aiter) -> None:
     ],
 )
 def test_what_is_declined(gate: Any, count: int, shape: tuple[int, ...], more: dict[str, Any], detail: str) -> None:
-    with ranks(count) as group:
-        values = {"x": torch.empty(shape, dtype=torch.bfloat16), "group_name": group, **more}
-        refusal = gate(Bindings("r", values))
-    assert refusal is not None
-    assert detail in refusal.detail
+    check_declined(gate, detail, count, x=torch.empty(shape, dtype=torch.bfloat16), **more)
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
 @pytest.mark.parametrize("hidden", [2880, 4096, 5120, 7168, 8192])
 def test_hidden_sizes_of_models_are_taken(hidden: int, count: int) -> None:
-    with ranks(count) as group:
-        values = {"x": torch.empty(8, hidden, dtype=torch.bfloat16), "group_name": group, "right": 192}
-        assert aiter.ALL_REDUCE(Bindings("r", values)) is None
+    check_declined(aiter.ALL_REDUCE, None, count, x=torch.empty(8, hidden, dtype=torch.bfloat16), right=192)
 
 
 def test_the_triton_kernel_counts_in_32_bits() -> None:

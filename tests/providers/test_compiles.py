@@ -17,22 +17,15 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from fuseplan.providers.triton.launching import AMD_SHARED  # noqa: E402
 from fuseplan.providers.triton.replay import OPTIONS  # noqa: E402
 from tests.forks import Forks  # noqa: E402
-from tests.providers.processes import printed_by  # noqa: E402
+from tests.providers.stand_ins import printed_by  # noqa: E402
 
 FAMILIES = [
     import_module(f"fuseplan.providers.triton.{name}")
     for name in (
-        "activation",
-        "all_reduce_norm",
-        "attention",
-        "cached_rotary",
-        "launching",
-        "linear",
-        "norm",
-        "qk_norm_rope",
+        "activation", "all_reduce_norm", "attention", "cached_rotary", "launching", "linear", "norm", "qk_norm_rope",
         "scaled_linear",
     )
-]
+]  # fmt: skip
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 WITHOUT_FP8 = {"sm_75": GPUTarget("cuda", 75, 32), "sm_80": GPUTarget("cuda", 80, 32)}
 SHARED_BYTES, MULTIPROCESSORS = 232448, 132
@@ -69,6 +62,13 @@ def stand_ins(backend: str, run_kernel: Callable[..., None]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def put_in(monkeypatch: pytest.MonkeyPatch, others: dict[str, Any]) -> None:
+    """Has the kernels' launchers ask these."""
+    for family in FAMILIES:
+        for name in others.keys() & vars(family).keys():
+            monkeypatch.setattr(family, name, others[name])
+
+
 @pytest.fixture(params=TARGETS)
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     """Names and code of kernels that were compiled in place of being launched."""
@@ -84,9 +84,7 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if target.backend == "cuda" and target.arch < 90:
         others["launches_early"] = lambda device: False
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver(target))
-    for family in FAMILIES:
-        for name in others.keys() & vars(family).keys():
-            monkeypatch.setattr(family, name, others[name])
+    put_in(monkeypatch, others)
     return made
 
 
@@ -137,41 +135,41 @@ def test_kernels_compile(name: str, is_day: bool, compiled: list[tuple[str, dict
 
 def compile_published(name: str, kernel: Callable[..., Any], compiled: list[tuple[str, dict[str, Any]]]) -> None:
     """Shapes of published models, which take other paths than samples do."""
+    expected = {"_attend", "_combine"}
     if name == "grouped_attention":
         q, k = torch.zeros(1, 8, 1, 128).bfloat16(), torch.zeros(1, 2, 1280, 128).bfloat16()
         kernel(q, k, k, None, 1.0, False, "cudnn")
-        assert {kernel for kernel, _ in compiled} == {"_attend", "_combine"}
-    if name == "skinny_linear_add_rms_norm":
+    elif name == "skinny_linear_add_rms_norm":
         # Llama's output projection of few sequences and of many, whose width several programs share.
         for rows in (1, 32):
             x, weight = torch.zeros(rows, 1024).bfloat16(), torch.zeros(4096, 1024).bfloat16()
             kernel(x, weight, None, torch.zeros(rows, 4096).bfloat16(), torch.ones(4096).bfloat16(), 1e-5, "llama")
-        assert {kernel for kernel, _ in compiled} == {"_linears", "_norm"}
-    if name in {op.name for op in SCALED_LINEAR_FAMILY}:
+        expected = {"_linears", "_norm"}
+    elif name in {op.name for op in SCALED_LINEAR_FAMILY}:
         # Llama's output projection, gate and up, and a smaller model's q, k and v; several programs share the width of
         # all but gate and up.
         features = {"skinny_scaled_linear": (4096,), "merged_scaled_linear_pair": (14336, 14336)}
         for rows, fast in ((1, True), (32, False)):
             kernel(*of_zeros(rows, 4096, features.get(name, (2048, 512, 512)), fast))
-        assert {kernel for kernel, _ in compiled} <= {"_scaled_linears", "_combine"}
-        assert ("_combine" in {kernel for kernel, _ in compiled}) is (name != "merged_scaled_linear_pair")
+        expected = {"_scaled_linears", "_combine"} - ({"_combine"} if name == "merged_scaled_linear_pair" else set())
         for asm in (asm for kernel, asm in compiled if kernel == "_scaled_linears" and "ptx" in asm):
             assert re.search(r"wgmma\.mma_async\.sync\.aligned\.m64n(16|32)k32\.f32\.e4m3\.e4m3", asm["ptx"])
-    if name == "fused_attention":
+    elif name == "fused_attention":
         # Gemma 2's heads, and gpt-oss' in many sequences, whose keys aren't split.
         for batch, q_heads, heads, width, softcap, sinks in ((1, 8, 4, 256, 50.0, False), (64, 64, 8, 64, None, True)):
             q, k = torch.zeros(batch, q_heads, 1, width).bfloat16(), torch.zeros(batch, heads, 1280, width).bfloat16()
             mask = torch.zeros(batch, 1, 1, 1280).bfloat16()
             kernel(q, k, k, mask, torch.zeros(q_heads).bfloat16() if sinks else None, 1.0, softcap, "float32")
-        assert {kernel for kernel, _ in compiled} == {"_attend", "_combine"}
-    if name.endswith("rope_cached_attention"):
+    elif name.endswith("rope_cached_attention"):
         # Llama's heads in one sequence and in many, whose keys aren't split.
         *rest, _, scale, is_causal, kernel_name = ops[name].samples[1].make(torch.device("cpu"), torch.Generator())[5:]
         for batch in (1, 64):
             q, k, cache = (torch.zeros(batch, *each, 32).half() for each in ((32, 1), (8, 1), (8, 1280)))
             mask = torch.zeros(batch, 1, 1, 1280).half()
             kernel(q, k, k, cache, cache, *rest, mask, scale, is_causal, kernel_name)
-        assert {kernel for kernel, _ in compiled} == {"_attend", "_combine"}
+    else:
+        return
+    assert {kernel for kernel, _ in compiled} == expected
 
 
 @pytest.mark.parametrize("compiled", WITHOUT_FP8, indirect=True)

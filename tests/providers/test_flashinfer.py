@@ -16,10 +16,21 @@ from fuseplan.dialect import ops
 from fuseplan.distributed.shared import SHARED
 from fuseplan.errors import CollectiveError
 from fuseplan.providers import BUILT_IN_PROVIDERS, PROFILES, flashinfer
-from fuseplan.rules import Bindings
-from fuseplan.verification.memory import Loopback, Poisoned
 from tests.helpers import all_reduce, gpt_oss, post_grad, randn
-from tests.providers.stand_ins import Library, installed, is_aligned, normed, ranks, snapshot
+from tests.providers.stand_ins import (
+    FN,
+    MIN_SCALE,
+    Library,
+    arguments_of,
+    check_bits,
+    check_declined,
+    fp8,
+    installed,
+    is_aligned,
+    normed,
+    ranks,
+    snapshot,
+)
 
 PROVIDER = next(each for each in BUILT_IN_PROVIDERS if each.name == "flashinfer")
 VERSIONS = tuple(f"flashinfer-{each}" for each in ("0.6.16.post3", "0.6.18.post1", "0.7.0.post1", "0.7.2.post1"))
@@ -31,8 +42,6 @@ PINNED = {
     "0.32": "0.7.0.post1", "0.33": "0.7.2.post1",
 }  # fmt: skip
 """By releases of vLLM. 0.6.13 and 0.6.14 have the signatures of 0.6.12, and 0.6.18 those of 0.6.18.post1."""
-FN = torch.float8_e4m3fn
-MIN_SCALE = 1 / (448 * 512)
 
 
 class Workspace:
@@ -92,8 +101,7 @@ class FlashInfer:
             rest["norm_out"].copy_(y)
         elif pattern == self.patterns["kARResidualRMSNormFP8Quant"]:
             assert rest["scale_factor"].dtype is torch.float32
-            codes = y.float() * (1 / rest["scale_factor"])
-            rest["quant_out"].copy_(codes.clamp(-448, 448).to(FN))
+            rest["quant_out"].copy_(fp8(y, 1 / rest["scale_factor"]))
         else:
             assert pattern == self.patterns["kARResidualRMSNormDynamicFP8Quant"]
             scale = (y.float().abs().amax(-1, keepdim=True) / 448).clamp(min=MIN_SCALE)
@@ -102,15 +110,14 @@ class FlashInfer:
 
     def rmsnorm_quant(self, out: Tensor, input: Tensor, weight: Tensor, scale: Tensor, eps: float, **rest: Any) -> None:
         assert input.dim() == out.dim() == 2
-        y = normed(input.float(), weight, eps)
-        out.copy_((y * (1 / scale)).clamp(-448, 448).to(out.dtype))
+        out.copy_(fp8(normed(input.float(), weight, eps), 1 / scale))
 
     def fused_add_rmsnorm_quant(
         self, out: Tensor, input: Tensor, residual: Tensor, weight: Tensor, scale: Tensor, eps: float, **rest: Any
     ) -> None:
         total = input.float() + residual.float()
         residual.copy_(total.to(residual.dtype))
-        out.copy_((normed(total, weight, eps) * (1 / scale)).clamp(-448, 448).to(out.dtype))
+        out.copy_(fp8(normed(total, weight, eps), 1 / scale))
 
 
 @pytest.fixture(params=VERSIONS)
@@ -119,18 +126,6 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     stand_in.library.install(monkeypatch)
     yield stand_in
     SHARED.release(flashinfer._WORKSPACES)
-
-
-def arguments(op: str, dtype: torch.dtype, shape: tuple[int, ...], rounding: str, group: str) -> list[Any]:
-    x, residual = randn(*shape, seed=1).to(dtype), randn(*shape, seed=2).to(dtype) * 3
-    weight = torch.linspace(0.5, 1.5, shape[-1]).to(dtype)
-    tail: dict[str, list[Any]] = {
-        "static": [torch.tensor([0.02]), FN, "multiply"],
-        "dynamic": [FN, MIN_SCALE, 0.0, 0.0, None, "divide"],
-    }
-    quant = next((values for name, values in tail.items() if name in op), [])
-    with_residual = [residual] if "add" in op else []
-    return [x, *with_residual, weight, 1e-5, rounding, *quant, *([group] if "all_reduce" in op else [])]
 
 
 EXACT = [name for name, offer in flashinfer.PROVIDER.implements.items() if offer.leaves_out is None]
@@ -144,18 +139,8 @@ EXACT = [name for name, offer in flashinfer.PROVIDER.implements.items() if offer
 def test_the_all_reduce_fusion_gives_the_references_bits(
     library: FlashInfer, name: str, dtype: torch.dtype, shape: tuple[int, ...], rounding: str
 ) -> None:
-    op = ops[name]
     with ranks(2) as group:
-        given = arguments(name, dtype, shape, rounding, group)
-        before = [each.clone() if isinstance(each, Tensor) else each for each in given]
-        with Loopback():
-            expected = op.reference(*given)
-            with Poisoned():
-                actual = op.kernel("flashinfer")(*given)
-    for got, wanted in zip(actual, expected, strict=True):
-        assert (got.dtype, got.shape, got.is_contiguous()) == (wanted.dtype, wanted.shape, True)
-        assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8))
-    assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True) if isinstance(a, Tensor))
+        check_bits("flashinfer", name, arguments_of(name, dtype, shape, rounding=rounding, group_name=group))
     (asked,) = [each.asked for each in library.created]
     assert (asked["backend"], asked["world_size"], asked["rank"]) == ("trtllm", 2, 0)
 
@@ -168,26 +153,25 @@ def test_norms_with_quantisation_round_nothing_before_it(library: FlashInfer) ->
         name: frozenset({rounding}) for name, rounding in roundings.items()
     }
     for name, rounding in roundings.items():
-        given = arguments(name, torch.bfloat16, (2, 33, 320), rounding, "")
-        x, residual, weight = given[0], given[1], given[-6]
-        before = [x.clone(), residual.clone()]
-        with Poisoned():
-            actual = ops[name].kernel("flashinfer")(*given)
-        total = x.float() + (residual.float() if "add" in name else 0)
-        codes = (normed(total, weight, 1e-5) * (1 / torch.tensor([0.02]))).clamp(-448, 448).to(FN)
+        given = arguments_of(name, torch.bfloat16, (2, 33, 320), rounding=rounding)
+        x, residual = given["x"].clone(), given.get("residual", torch.zeros(1)).clone()
+        actual = ops[name].kernel("flashinfer")(*given.values())
+        total = x.float() + residual.float()
+        codes = fp8(normed(total, given["weight"], 1e-5), 1 / torch.tensor([0.02]))
         got = actual[0] if "add" in name else actual
         assert torch.equal(got.float(), codes.float())
-        assert not torch.equal(got.float(), ops[name].reference(*given)[0].float())  # which rounds y before
+        assert not torch.equal(got.float(), ops[name].reference(*given.values())[0].float())  # which rounds y before
         if "add" in name:
             assert torch.equal(actual[1], total.bfloat16())
-        assert torch.equal(x, before[0])
-        assert torch.equal(residual, before[1])
+            assert torch.equal(residual, given["residual"])
+        assert torch.equal(x, given["x"])
 
 
 def fuse(rows: int, group: str, hidden: int = 64, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    given = arguments("all_reduce_add", torch.bfloat16, (rows, hidden), "gpt_oss", group)
-    given[0] = given[0] if x is None else x
-    result: tuple[Tensor, Tensor] = ops.all_reduce_fused_add_rms_norm.kernel("flashinfer")(*given)
+    op = ops.all_reduce_fused_add_rms_norm
+    given = arguments_of(op.name, torch.bfloat16, (rows, hidden), rounding="gpt_oss", group_name=group)
+    given |= {} if x is None else {"x": x}
+    result: tuple[Tensor, Tensor] = op.kernel("flashinfer")(*given.values())
     return result
 
 
@@ -201,25 +185,17 @@ def test_workspaces_grow_in_powers_of_two_and_serve_whatever_fits(library: Flash
         assert all(each.asked["group"] is dist.group.WORLD for each in library.created)
 
 
-def test_a_group_of_the_same_name_gets_a_workspace_of_its_own(library: FlashInfer) -> None:
+def test_workspaces_are_given_back_at_the_end_or_to_another_group(library: FlashInfer) -> None:
     with ranks(2) as first:
         fuse(4, first)
     with ranks(4) as second:
         assert second == first
         fuse(4, second)
     old, new = library.created
-    assert (old.destroyed, new.destroyed) == (True, False)
-    assert new.asked["world_size"] == 4
-    assert library.forgotten == [old.ipc_handles]
-
-
-def test_workspaces_are_given_back(library: FlashInfer) -> None:
-    with ranks(2) as group:
-        fuse(4, group)
-        fuse(8, group)
+    assert (old.destroyed, new.destroyed, new.asked["world_size"]) == (True, False, 4)
     SHARED.release(flashinfer._WORKSPACES)
-    assert [each.destroyed for each in library.created] == [True, True]
-    assert library.forgotten == [each.ipc_handles for each in library.created]
+    assert new.destroyed
+    assert library.forgotten == [old.ipc_handles, new.ipc_handles]
 
 
 @pytest.mark.parametrize("count", [2, 8])
@@ -265,54 +241,64 @@ def test_rows_that_lie_anyhow_are_made_to_fit(library: FlashInfer) -> None:
         shifted = whole[1:].view(4, 64)
         turned = randn(64, 4, seed=3).t()
         for x in (shifted, turned):
-            with Loopback():
-                expected = ops.all_reduce_fused_add_rms_norm.reference(
-                    *[x, *arguments("all_reduce_add", torch.bfloat16, (4, 64), "gpt_oss", group)[1:]]
-                )
-            assert torch.equal(fuse(4, group, x=x)[0], expected[0])
+            name = "all_reduce_fused_add_rms_norm"
+            given = arguments_of(name, torch.bfloat16, (4, 64), rounding="gpt_oss", group_name=group, x=x)
+            check_bits("flashinfer", name, given)
         empty = fuse(0, group)
         assert [each.shape for each in empty] == [(0, 64), (0, 64)]
         assert len(library.fusions) == 2
 
 
+OF_ROWS = {"dtype": FN, "min_scale": MIN_SCALE, "quant_rounding": "divide"}
+STATIC = {"dtype": FN, "quant_rounding": "multiply"}
+HIDDEN_SIZES = (2880, 3072, 4096, 5120, 7168, 8192, 16384, 65536)
+"""Of models."""
+
+
 @pytest.mark.parametrize(
-    ("gate", "shape", "dtype", "more", "detail"),
+    ("release", "gate", "hidden", "more", "detail"),
     [
-        (flashinfer.ALL_REDUCE, (8, 64), torch.float32, {}, "takes activations in bfloat16 or float16, not in float32"),
-        (flashinfer.ALL_REDUCE, (8, 60), torch.bfloat16, {}, "sizes that are multiples of 8 in bfloat16, not 60"),
-        (flashinfer.ALL_REDUCE, (8, 65544), torch.bfloat16, {}, "hidden sizes up to 65536 in bfloat16, not 65544"),
-        (flashinfer.ALL_REDUCE, (8, 8200), torch.bfloat16, {},
+        (None, flashinfer.ALL_REDUCE, 64, {"x": torch.empty(8, 64)}, "in bfloat16 or float16, not in float32"),
+        (None, flashinfer.ALL_REDUCE, 60, {}, "takes hidden sizes that are multiples of 8 in bfloat16, not 60"),
+        (None, flashinfer.ALL_REDUCE, 65544, {}, "takes hidden sizes up to 65536 in bfloat16, not 65544"),
+        (None, flashinfer.ALL_REDUCE, 8200, {},
          "takes hidden sizes that split into up to 8 blocks of 1024 threads in bfloat16, not 8200"),
-        (flashinfer.ALL_REDUCE_STATIC, (8, 64), torch.bfloat16, {"quant_rounding": "divide", "dtype": FN},
+        (None, flashinfer.ALL_REDUCE_STATIC, 64, {**STATIC, "quant_rounding": "divide"},
          "the kernel multiplies by the reciprocal of the scale; the graph divides by the scale"),
-        (flashinfer.ALL_REDUCE_STATIC, (8, 64), torch.bfloat16,
-         {"quant_rounding": "multiply", "dtype": torch.float8_e4m3fnuz},
+        (None, flashinfer.ALL_REDUCE_STATIC, 64, {**STATIC, "dtype": torch.float8_e4m3fnuz},
          "takes codes in float8_e4m3fn, not in float8_e4m3fnuz"),
-        (flashinfer.ALL_REDUCE_DYNAMIC, (8, 64), torch.bfloat16,
-         {"quant_rounding": "divide", "dtype": FN, "min_scale": 1e-12}, "and the graph's is 1e-12"),
-        (flashinfer.ALL_REDUCE_DYNAMIC, (8, 64), torch.bfloat16,
-         {"quant_rounding": "divide", "dtype": FN, "scale_ub": torch.ones(1)}, "has no scale_ub"),
-        (flashinfer.ALL_REDUCE_DYNAMIC, (8, 64), torch.bfloat16,
-         {"quant_rounding": "divide", "dtype": FN, "zero_scale": 1.0}, "has no zero_scale, and the graph's scales do"),
+        (None, flashinfer.ALL_REDUCE_DYNAMIC, 64, {**OF_ROWS, "min_scale": 1e-12}, "and the graph's is 1e-12"),
+        (None, flashinfer.ALL_REDUCE_DYNAMIC, 64, {**OF_ROWS, "scale_ub": torch.ones(1)}, "has no scale_ub"),
+        (None, flashinfer.ALL_REDUCE_DYNAMIC, 64, {**OF_ROWS, "zero_scale": 1.0}, "has no zero_scale, and the graph's"),
+        (None, flashinfer.ALL_REDUCE_DYNAMIC, 2880, OF_ROWS, None),
+        *((None, flashinfer.ALL_REDUCE, hidden, {}, None) for hidden in HIDDEN_SIZES),
+        *((None, flashinfer.ALL_REDUCE_DYNAMIC, hidden, {**OF_ROWS, "min_scale": torch.tensor(MIN_SCALE).item()}, None)
+          for hidden in HIDDEN_SIZES),  # as a graph may have the scale
+        ("0.6.11.post2", flashinfer.ALL_REDUCE, 4096, {"rounding": "gpt_oss"}, None),
+        ("0.6.11.post2", flashinfer.ALL_REDUCE, 5120, {}, None),
+        ("0.6.11.post2", flashinfer.ALL_REDUCE, 2880, {},
+         "takes hidden sizes that split into whole warps before flashinfer-python 0.6.15 in bfloat16, not 2880"),
+        ("0.6.14", flashinfer.ALL_REDUCE, 2880, {}, "split into whole warps"),
+        ("0.6.15", flashinfer.ALL_REDUCE, 2880, {}, None),
+        ("0.6.11.post2", flashinfer.ALL_REDUCE, 4096, {"rounding": "gemma"},
+         "0.6.11.post2 is installed, and FlashInfer's all-reduce fusion has 1 + weight from 0.6.12 on"),
+        ("0.6.12", flashinfer.ALL_REDUCE, 4096, {"rounding": "gemma"}, None),
+        ("0.6.14", flashinfer.ALL_REDUCE_DYNAMIC, 4096, OF_ROWS, "has a scale a row from 0.6.15 on"),
+        ("0.6.15", flashinfer.ALL_REDUCE_DYNAMIC, 4096, OF_ROWS, None),
     ],
 )  # fmt: skip
 def test_what_is_declined(
-    gate: Any, shape: tuple[int, ...], dtype: torch.dtype, more: dict[str, Any], detail: str
-) -> None:
-    with ranks(2) as group:
-        refusal = gate(Bindings("r", {"x": torch.empty(shape, dtype=dtype), "group_name": group, **more}))
-        assert refusal is not None
-        assert detail in refusal.detail
+    release: str | None, gate: Any, hidden: int, more: dict[str, Any], detail: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    installed(monkeypatch, "flashinfer", release)
+    check_declined(gate, detail, **{"x": torch.empty(8, hidden, dtype=torch.bfloat16), **more})
 
 
-@pytest.mark.parametrize("hidden", [2880, 3072, 4096, 5120, 7168, 8192, 16384, 65536])
-def test_hidden_sizes_of_models_are_taken(hidden: int) -> None:
-    with ranks(4) as group:
-        values = {"x": torch.empty(8, hidden, dtype=torch.bfloat16), "group_name": group}
-        assert flashinfer.ALL_REDUCE(Bindings("r", values)) is None
-        least = torch.tensor(MIN_SCALE).item()  # as a graph may have it
-        dynamic = {**values, "dtype": FN, "min_scale": least, "quant_rounding": "divide"}
-        assert flashinfer.ALL_REDUCE_DYNAMIC(Bindings("r", dynamic)) is None
+@pytest.mark.parametrize("count", [3, 16])
+def test_groups_of_other_sizes_are_declined(count: int) -> None:
+    said = f"FlashInfer's all-reduce fusion serves groups of 2, 4 or 8 ranks; group '0' has {count}"
+    check_declined(flashinfer.ALL_REDUCE, said, count, x=torch.empty(8, 64, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("release", sorted(set(PINNED.values())))
@@ -337,56 +323,10 @@ def test_what_an_old_release_has_gives_the_references_bits(
     stand_in.library.install(monkeypatch)
     try:
         with ranks(2) as group:
-            given = arguments(name, torch.bfloat16, (7, 64), "gpt_oss", group)
-            with Loopback():
-                expected = ops[name].reference(*given)
-                actual = ops[name].kernel("flashinfer")(*given)
-        for got, wanted in zip(actual, expected, strict=True):
-            assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8))
+            given = arguments_of(name, torch.bfloat16, (7, 64), rounding="gpt_oss", group_name=group)
+            check_bits("flashinfer", name, given)
     finally:
         SHARED.release(flashinfer._WORKSPACES)
-
-
-OF_ROWS = {"dtype": FN, "min_scale": MIN_SCALE, "quant_rounding": "divide"}
-
-
-@pytest.mark.parametrize(
-    ("release", "gate", "hidden", "more", "detail"),
-    [
-        ("0.6.11.post2", flashinfer.ALL_REDUCE, 4096, {"rounding": "gpt_oss"}, None),
-        ("0.6.11.post2", flashinfer.ALL_REDUCE, 5120, {}, None),
-        ("0.6.11.post2", flashinfer.ALL_REDUCE, 2880, {},
-         "takes hidden sizes that split into whole warps before flashinfer-python 0.6.15 in bfloat16, not 2880"),
-        ("0.6.14", flashinfer.ALL_REDUCE, 2880, {}, "split into whole warps"),
-        ("0.6.15", flashinfer.ALL_REDUCE, 2880, {}, None),
-        ("0.6.11.post2", flashinfer.ALL_REDUCE, 4096, {"rounding": "gemma"},
-         "0.6.11.post2 is installed, and FlashInfer's all-reduce fusion has 1 + weight from 0.6.12 on"),
-        ("0.6.12", flashinfer.ALL_REDUCE, 4096, {"rounding": "gemma"}, None),
-        ("0.6.14", flashinfer.ALL_REDUCE_DYNAMIC, 4096, OF_ROWS, "has a scale a row from 0.6.15 on"),
-        ("0.6.15", flashinfer.ALL_REDUCE_DYNAMIC, 4096, OF_ROWS, None),
-        (None, flashinfer.ALL_REDUCE_DYNAMIC, 2880, OF_ROWS, None),
-    ],
-)  # fmt: skip
-def test_what_older_releases_lack_is_declined(
-    release: str | None, gate: Any, hidden: int, more: dict[str, Any], detail: str | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    installed(monkeypatch, "flashinfer", release)
-    with ranks(2) as group:
-        values = {"x": torch.empty(8, hidden, dtype=torch.bfloat16), "group_name": group, **more}
-        refusal = gate(Bindings("r", values))
-    assert (refusal is None) if detail is None else detail in refusal.detail
-
-
-@pytest.mark.parametrize("count", [3, 16])
-def test_groups_of_other_sizes_are_declined(count: int) -> None:
-    with ranks(count) as group:
-        values = {"x": torch.empty(8, 64, dtype=torch.bfloat16), "group_name": group}
-        refusal = flashinfer.ALL_REDUCE(Bindings("r", values))
-        assert refusal is not None
-        assert refusal.detail == (
-            f"FlashInfer's all-reduce fusion serves groups of 2, 4 or 8 ranks; group '{group}' has {count}"
-        )
 
 
 def test_a_range_beyond_the_capacity_is_declined() -> None:

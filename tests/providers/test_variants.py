@@ -22,7 +22,7 @@ from fuseplan.providers.triton.replay import code_key, compile_ahead, needed_cod
 from fuseplan.rules.families import BUILT_IN_RULES
 from fuseplan.verification import variants, verifier
 from fuseplan.verification.specs import ODD_SIZES, Case, TensorSpec
-from tests.providers.test_compiles import FAMILIES, TARGETS, Driver, stand_ins, triton
+from tests.providers.test_compiles import FAMILIES, TARGETS, Driver, put_in, stand_ins, triton
 
 LAST = 8192
 ROWS = (*range(1, 1100), *range(1100, LAST, 37), LAST)
@@ -73,10 +73,7 @@ class Needed(list[tuple[Any, ...]]):
 def needed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Needed:
     """As on a GPU."""
     found = Needed()
-    others = stand_ins("cuda", found) | {"cache_bytes": lambda device: L2[request.param]}
-    for family in FAMILIES:
-        for each in others.keys() & vars(family).keys():
-            monkeypatch.setattr(family, each, others[each])
+    put_in(monkeypatch, stand_ins("cuda", found) | {"cache_bytes": lambda device: L2[request.param]})
     return found
 
 
@@ -148,10 +145,7 @@ def test_code_is_compiled_ahead_once_and_none_is_launched(monkeypatch: pytest.Mo
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver(TARGETS["sm_90"]))
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     monkeypatch.setattr(triton.runtime.JITFunction, "__getitem__", None)  # by which kernels are launched
-    others = stand_ins("cuda", replay.run_kernel) | {"cache_bytes": lambda device: L2["h200"]}
-    for family in FAMILIES:
-        for each in others.keys() & vars(family).keys():
-            monkeypatch.setattr(family, each, others[each])
+    put_in(monkeypatch, stand_ins("cuda", replay.run_kernel) | {"cache_bytes": lambda device: L2["h200"]})
     compiled: list[str] = []
     compiler = triton.compiler.compile
 

@@ -22,16 +22,23 @@ from fuseplan.planner.costs import HARDWARE, Region
 from fuseplan.providers import BUILT_IN_PROVIDERS, ENGINE_PROVIDERS, PROFILES, vllm_c
 from fuseplan.providers.vllm_c import gates, halves
 from fuseplan.record import Report
-from fuseplan.rules import Bindings
-from fuseplan.verification.memory import Poisoned
 from tests.helpers import post_grad, randn
 from tests.planner.parts import NORM
-from tests.providers.stand_ins import installed, snapshot
+from tests.providers.stand_ins import (
+    FN,
+    MIN_SCALE,
+    arguments_of,
+    as_tuple,
+    bits,
+    check_declined,
+    fp8,
+    installed,
+    snapshot,
+)
+from tests.providers.stand_ins import check_bits as check_bits_of
 
 (PROVIDER,) = ENGINE_PROVIDERS
-FN = torch.float8_e4m3fn
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
-MIN_SCALE = 1 / (448 * 512)
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
@@ -70,7 +77,7 @@ class VllmC:
         assert scale.dtype is torch.float32
         normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
         y = normed.to(weight.dtype) * weight if self.rounds_first else (normed * weight.float()).to(weight.dtype)
-        result.copy_((y.float() * (1 / scale)).clamp(-448, 448).to(FN))
+        result.copy_(fp8(y, 1 / scale))
 
     def rms_norm_dynamic_per_token_quant(
         self, result: Tensor, input: Tensor, weight: Tensor, scale: Tensor, epsilon: float, scale_ub: Tensor | None,
@@ -113,7 +120,7 @@ class VllmC:
     def silu_and_mul_quant(self, result: Tensor, input: Tensor, scale: Tensor) -> None:
         gate, up = self._input(input, None, result).chunk(2, -1)
         y = (gate / (1 + torch.exp(-gate))).to(input.dtype) * up.to(input.dtype)
-        result.copy_((y.float() * (1 / scale)).clamp(-448, 448).to(FN))
+        result.copy_(fp8(y, 1 / scale))
 
     def silu_and_mul_per_block_quant(
         self, out: Tensor, input: Tensor, scales: Tensor, group_size: int, scale_ub: Tensor | None = None,
@@ -144,30 +151,7 @@ def library(request: pytest.FixtureRequest) -> Iterator[VllmC]:
 
 
 def norm_arguments(name: str, dtype: torch.dtype, shape: tuple[int, ...], **more: Any) -> dict[str, Any]:
-    """Of a fused op, by name."""
-    halves_ = randn(*shape[:-1], 2 * shape[-1], seed=3).to(dtype)
-    values: dict[str, Any] = {
-        "x": randn(*shape, seed=1).to(dtype),
-        "residual": randn(*shape, seed=2).to(dtype) * 3,
-        "weight": torch.linspace(0.5, 1.5, shape[-1]).to(dtype),
-        "eps": 1e-5,
-        "gate": halves_[..., : shape[-1]],
-        "up": halves_[..., shape[-1] :],
-        "scale": torch.tensor([0.02]),
-        "dtype": FN,
-        "min_scale": MIN_SCALE,
-        "max_scale": 0.0,
-        "zero_scale": 0.0,
-        "scale_ub": None,
-        "ue8m0": False,
-        "min_power": 0.0,
-        "group_size": 64,
-        "layout": "rows",
-        "quant_rounding": "multiply" if "static" in name else "divide",
-        "rounding": rounding_of(name),
-        **more,
-    }
-    return {argument: values[argument] for argument in ops[name].arguments}
+    return arguments_of(name, dtype, shape, **{"rounding": rounding_of(name), **more})
 
 
 def rounding_of(name: str) -> str:
@@ -177,24 +161,8 @@ def rounding_of(name: str) -> str:
     return rounding
 
 
-def bits(value: Tensor) -> Tensor:
-    return value.contiguous().view(torch.uint8)
-
-
-def check_bits(name: str, given: dict[str, Any]) -> None:
-    """The kernel gives the reference's bits, in memory that was poisoned, and leaves its arguments as they are."""
-    before = {key: value.clone() for key, value in given.items() if isinstance(value, Tensor)}
-    expected = ops[name].reference(*given.values())
-    with Poisoned():
-        actual = ops[name].kernel("vllm_c")(*given.values())
-    for got, wanted in zip(*map(as_tuple, (actual, expected)), strict=True):
-        assert (got.dtype, got.shape, got.stride()) == (wanted.dtype, wanted.shape, wanted.stride())
-        assert torch.equal(bits(got), bits(wanted))
-    assert all(torch.equal(bits(given[key]), bits(value)) for key, value in before.items())
-
-
-def as_tuple(results: Any) -> tuple[Tensor, ...]:
-    return results if isinstance(results, tuple) else (results,)
+def check_bits(name: str, dtype: torch.dtype, shape: tuple[int, ...], **more: Any) -> None:
+    check_bits_of("vllm_c", name, norm_arguments(name, dtype, shape, **more))
 
 
 EXACT = [name for name, offer in vllm_c.PROVIDER.implements.items() if offer.leaves_out is None]
@@ -208,7 +176,7 @@ NORMS = [name for name in EXACT if "norm" in name]
 def test_kernels_give_the_references_bits(
     library: VllmC, name: str, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
-    check_bits(name, norm_arguments(name, dtype, shape))
+    check_bits(name, dtype, shape)
     assert len(library.inputs) == (shape[0] > 0)
 
 
@@ -216,7 +184,7 @@ def test_kernels_give_the_references_bits(
 @pytest.mark.parametrize("name", ["rms_norm_static_fp8_quant", "fused_add_rms_norm_static_fp8_quant"])
 def test_one_release_rounds_before_the_weight(library: VllmC, name: str) -> None:
     given = norm_arguments(name, BF16, (33, 320), rounding="llama")
-    check_bits(name, given)
+    check_bits_of("vllm_c", name, given)
     other = ops[name].reference(*{**given, "rounding": "gpt_oss"}.values())
     assert not torch.equal(*(bits(as_tuple(each)[0]) for each in (ops[name].kernel("vllm_c")(*given.values()), other)))
 
@@ -232,29 +200,29 @@ def test_norms_round_by_release(version: str | None, rounding: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NORMS if "dynamic" in name or "group" in name])
 def test_a_bound_on_the_largest_element(library: VllmC, name: str) -> None:
-    check_bits(name, norm_arguments(name, BF16, (7, 320), scale_ub=torch.tensor([0.9])))
+    check_bits(name, BF16, (7, 320), scale_ub=torch.tensor([0.9]))
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns", "aligned"])
 @pytest.mark.parametrize("rows", [1, 4, 7])
 @pytest.mark.parametrize("name", [name for name in NORMS if "group" in name])
 def test_scales_of_groups_lie_as_asked(library: VllmC, name: str, rows: int, layout: str) -> None:
-    check_bits(name, norm_arguments(name, BF16, (rows, 384), layout=layout, group_size=128))
+    check_bits(name, BF16, (rows, 384), layout=layout, group_size=128)
 
 
 def test_rows_that_lie_anyhow_are_made_to_fit(library: VllmC) -> None:
     whole = randn(4 * 64 + 1).bfloat16()
     for x in (whole[1:].view(4, 64), randn(64, 4, seed=3).bfloat16().t()):
-        check_bits("rms_norm_dynamic_fp8_quant", norm_arguments("rms_norm_dynamic_fp8_quant", BF16, (4, 64), x=x))
+        check_bits("rms_norm_dynamic_fp8_quant", BF16, (4, 64), x=x)
 
 
 def test_halves_of_rows_are_read_where_they_lie(library: VllmC) -> None:
     name = "silu_and_mul_static_fp8_quant"
     both = randn(5, 128).bfloat16()
     gate, up = both.chunk(2, -1)
-    check_bits(name, norm_arguments(name, BF16, (5, 64), gate=gate, up=up))
-    check_bits(name, norm_arguments(name, BF16, (5, 64), gate=up, up=gate))
-    check_bits(name, norm_arguments(name, BF16, (5, 64), gate=gate.clone(), up=up))
+    check_bits(name, BF16, (5, 64), gate=gate, up=up)
+    check_bits(name, BF16, (5, 64), gate=up, up=gate)
+    check_bits(name, BF16, (5, 64), gate=gate.clone(), up=up)
     assert [each.data_ptr() == both.data_ptr() for each in library.inputs] == [True, False, False]
     assert not halves.are_halves(gate[:, :32], up[:, :32])
 
@@ -299,13 +267,15 @@ GROUPED = {"quant_rounding": "divide", "min_scale": MIN_SCALE, "group_size": 128
     ],
 )  # fmt: skip
 def test_what_is_declined(gate: Any, more: dict[str, Any], detail: str | None) -> None:
-    values = {"x": torch.empty(8, 64).bfloat16(), "dtype": FN, **({"min_scale": MIN_SCALE} if gate.min_scale else {})}
-    activations = {} if isinstance(gate, gates.ActivationGate) else values
-    given = {**activations, "quant_rounding": gate.quant_rounding.value, **more}
-    if "gate" not in given and activations is not values:
-        given["gate"] = torch.empty(8, 256).bfloat16()[:, :128]
-    refusal = gate(Bindings("r", given))
-    assert (refusal is None) if detail is None else detail in refusal.detail
+    if isinstance(gate, gates.ActivationGate):
+        values: dict[str, Any] = {"gate": torch.empty(8, 256).bfloat16()[:, :128]}
+    else:
+        values = {
+            "x": torch.empty(8, 64).bfloat16(),
+            "dtype": FN,
+            **({"min_scale": MIN_SCALE} if gate.min_scale else {}),
+        }
+    check_declined(gate, detail, **{**values, "quant_rounding": gate.quant_rounding.value, **more})
 
 
 @pytest.mark.parametrize(
@@ -336,17 +306,14 @@ def grouped(x: Tensor, residual: Tensor, weight: Tensor) -> Any:
     return codes.view(y.shape), scale.squeeze(-1), total.to(x.dtype)
 
 
-def inputs() -> tuple[Tensor, ...]:
-    return randn(16, 256), randn(16, 256), torch.ones(256, dtype=BF16)
-
-
-def planned(function: Callable[..., Any], **more: Any) -> list[tuple[str, str]]:
+def planned(function: Callable[..., Any]) -> list[tuple[str, str]]:
     """The candidates of a graph, by op and provider."""
     manager = PostGradPassManager(
         PassConfig(), providers=[*BUILT_IN_PROVIDERS, PROVIDER], device=PROFILES["h200"],
-        compile_range=CompileRange(start=1, end=64), **more,
+        compile_range=CompileRange(start=1, end=64),
     )  # fmt: skip
-    matches = manager.analyze(post_grad(function, *inputs(), dynamic=True)).matches
+    inputs = randn(16, 256), randn(16, 256), torch.ones(256, dtype=BF16)
+    matches = manager.analyze(post_grad(function, *inputs, dynamic=True)).matches
     return [(each.rule.op.name, each.provider) for each in matches.candidates]
 
 
