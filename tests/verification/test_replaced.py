@@ -417,6 +417,17 @@ def test_an_argument_that_is_taken_for_a_narrower_one_is_named_where_it_is_looke
     assert tried(both, thorough=True)[0] is None
 
 
+@pytest.mark.parametrize(("span", "tokens"), [((1, 64), (1, 5, 7, 33, 64)), ((70, 8192), (70, 257))])
+def test_arguments_are_rounded_at_the_largest_size_up_to_300_tokens(
+    span: tuple[int, int], tokens: tuple[int, ...]
+) -> None:
+    question = weighted(lambda weight: weight.to(BF16), span=span)
+    outcome = Verification(rule="rule", op="op", provider="external", signature="s")
+    found = Foreign("always", 60.0)._run(question, 3, outcome)
+    assert (found.passed, found.tokens) == (False, tokens)
+    assert str(found.detail).startswith(f"at {tokens[-1]} tokens: it takes its argument w, float32, for bfloat16")
+
+
 @pytest.mark.parametrize("width", [1, 4, 64])
 def test_it_is_drawn_until_enough_elements_have_changed(width: int) -> None:
     wrong, _ = tried(weighted(lambda weight: weight.to(BF16), width=width), thorough=True, tokens=1)

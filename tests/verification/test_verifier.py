@@ -336,6 +336,19 @@ def test_where_there_is_no_region() -> None:
     assert Region.of(canonical, match.but(outputs=(x, None), values={"x": x})) is None
 
 
+@pytest.mark.parametrize(("count", "is_there"), [(128, True), (129, False)])
+def test_a_region_has_at_most_128_nodes(count: int, is_there: bool) -> None:
+    graph = torch.fx.Graph()
+    x = last = graph.placeholder("x")
+    for _ in range(count):
+        last = graph.call_function(aten.relu.default, (last,))
+    graph.output((last,))
+    canonical = CanonicalGraph.copy_of(graph)
+    copies = {original: copy for copy, original in canonical.origin.items()}
+    match: Any = SimpleNamespace(values={"x": copies[x]}, outputs=(copies[last],))
+    assert (Region.of(canonical, match) is not None) is is_there
+
+
 def test_no_rank_runs_a_collective_of_an_engine_or_a_higher_order_op_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     canonical = graph_of(dynamic=False)
     match = match_at(canonical, 0, "p")
