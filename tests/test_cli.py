@@ -163,6 +163,7 @@ def test_graph_breaks_are_reported_and_the_rest_explained(factories: Path) -> No
         (["explain", "gpt-os-120b"], "did you mean 'gpt-oss-120b'"),
         (["explain", "gpt-oss-120b", "--tp", "3"],
          "tp=3 does not divide 64 query heads of gpt-oss-120b; use one of 1, 2"),
+        (["explain", "gpt-oss-120b", "--tp", "0"], "at least 1"),
         (["explain", "gpt-oss-120b", "--tp", "2147483648"], "tp=2147483648: give a number of ranks of at most 65536"),
         (["explain", "gpt-oss-120b", "--layers", "0"], "at least 1"),
         (["explain", "gpt-oss-120b", "--policy", "planed"],
@@ -196,6 +197,7 @@ def test_bad_requests_end_in_one_line_and_status_2(arguments: list[str], expecte
         ("[1]", 'has no "model_type"'),
         ('{"model_type": "nonesuch"}', "no causal language model of type 'nonesuch'"),
         ('{"model_type": "bert-japanese"}', "no causal language model"),
+        ('{"model_type": "t5"}', "no causal language model of type 't5'"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "transformers can't read it"),
     ],
 )
