@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from fuseplan.dialect import ATTENTION_KERNELS
@@ -65,17 +65,13 @@ def attend(repeat: Repeat, **how: Any) -> Callable[..., Tensor]:
 
 
 def inputs(
-    queries: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    masked: bool = True,
-    shared: int = SHARED,
-    keys: int = KEYS,
-) -> list[Tensor]:
+    queries: int = 1, dtype: torch.dtype = torch.bfloat16, *, masked: bool = True, batch: int = BATCH,
+    shared: int = SHARED, keys: int = KEYS,
+) -> list[Tensor]:  # fmt: skip
     """q, k, v and a mask of truths in which every query sees a key."""
-    q = randn(BATCH, HEADS, queries, HEAD_DIM, dtype=dtype, seed=1)
-    k, v = (randn(BATCH, shared, keys, HEAD_DIM, dtype=dtype, seed=seed) for seed in (2, 3))
-    last = torch.arange(keys - queries, keys)[:, None] - 3 * torch.arange(BATCH)[:, None, None, None]
+    q = randn(batch, HEADS, queries, HEAD_DIM, dtype=dtype, seed=1)
+    k, v = (randn(batch, shared, keys, HEAD_DIM, dtype=dtype, seed=seed) for seed in (2, 3))
+    last = torch.arange(keys - queries, keys)[:, None] - 3 * torch.arange(batch)[:, None, None, None]
     seen = torch.arange(keys) <= last
     return [q, k, v, *([seen] if masked else [])]
 
@@ -91,7 +87,7 @@ def on_gpu(graph: fx.Graph, kernel: str = "cudnn") -> fx.Graph:
     """
     moved = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
-    cpu = ATTENTION_KERNELS["cpu"].target
+    mode: Any = next(value.fake_mode for node in graph.nodes if isinstance(value := tensor_of(node), FakeTensor))
 
     def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = moved.call_function(target, args, kwargs)
@@ -100,23 +96,19 @@ def on_gpu(graph: fx.Graph, kernel: str = "cudnn") -> fx.Graph:
             node.meta["val"] = target(*given[0], **given[1])
         return node
 
-    fakes = [value for node in graph.nodes if (value := tensor_of(node)) is not None]
-    mode = fakes[0].fake_mode  # type: ignore[attr-defined]
-    assert isinstance(mode, FakeTensorMode)
     for node in graph.nodes:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: values[source])
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("cuda", 0)}
         if node.op == "placeholder":
-            values[node] = moved.placeholder(node.name)
-            value = node.meta["val"]
+            values[node], value = moved.placeholder(node.name), node.meta["val"]
             if isinstance(value, Tensor):
                 with mode:
                     value = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
             values[node].meta["val"] = value
         elif node.op == "output":
-            moved.output(args[0])
-        elif node.target is cpu:
+            values[node] = moved.output(args[0])
+        elif node.target is ATTENTION_KERNELS["cpu"].target:
             q, k, v, *rest = args
             mask, causal = kwargs.get("attn_mask"), bool(rest[1:] and rest[1])
             if mask is not None and kernel == "efficient":
@@ -130,7 +122,5 @@ def on_gpu(graph: fx.Graph, kernel: str = "cudnn") -> fx.Graph:
             values[node] = call(ATTENTION_KERNELS[kernel].target, *arguments[kernel], **scale)
         else:
             values[node] = call(node.target, *args, **kwargs)
-        values.get(node, node).meta.update(
-            {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
-        )
+        values[node].meta.update({k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")})
     return moved

@@ -1,11 +1,10 @@
 """A process that compiles one small model with generated code, runs it and says what was fused: `python -m
-tests.compile_once [WIDTH]`. It prints `compiling` before, and one JSON object after.
+tests.compile_once [spawn]`. It prints `compiling` before, and one JSON object after.
 """
 
 import json
 import multiprocessing
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,31 +18,23 @@ def padded(x: Tensor, weight: Tensor) -> Tensor:
     return F.pad(F.rms_norm(x, x.shape[-1:], weight), (0, 8))
 
 
-def compile_once(width: int) -> dict[str, Any]:
+def compile_once() -> None:
     reports: list[Report] = []
     config = fuseplan.PassConfig(policy="ordered(act_padding)")
     compiled = fuseplan.compile(padded, config=config, on_report=reports.append)
-    x, weight = torch.randn(4, width), torch.rand(width)
+    x, weight = torch.randn(4, 64), torch.rand(64)
     with torch.inference_mode():
         difference = float((compiled(x, weight) - padded(x, weight)).abs().max())
     graphs = [graph for report in reports for graph in report.graphs]
-    return {
-        "difference": difference,
-        "fused": sum(report.fused["act_padding"] for report in reports),
-        "from_cache": [graph.from_cache for graph in graphs],
-    }
-
-
-def _in_child(width: int) -> None:
-    print(json.dumps(compile_once(width)), flush=True)
+    fused, from_cache = sum(report.fused["act_padding"] for report in reports), [each.from_cache for each in graphs]
+    print(json.dumps({"difference": difference, "fused": fused, "from_cache": from_cache}), flush=True)
 
 
 if __name__ == "__main__":
-    asked = int(sys.argv[1]) if len(sys.argv) > 1 else 64
     print("compiling", flush=True)
-    print(json.dumps(compile_once(asked)), flush=True)
+    compile_once()
     if "spawn" in sys.argv:
-        child = multiprocessing.get_context("spawn").Process(target=_in_child, args=(asked,))
+        child = multiprocessing.get_context("spawn").Process(target=compile_once)
         child.start()
         child.join()
         sys.exit(child.exitcode)

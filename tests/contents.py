@@ -25,13 +25,11 @@ def _once(read: Callable[..., Any], shipped: set[int]) -> Callable[..., Any]:
     found: dict[tuple[int, str], Any] = {}
 
     def read_once(what: Any, *arguments: Any) -> Any:
-        *device, _ = arguments  # the last is what else was read for the same key
-        key = id(what), repr(device)
+        if id(what) not in shipped:
+            return read(what, *arguments)
+        key = id(what), repr(arguments[:-1])  # the last is what else was read for the same key
         if key not in found:
-            content = read(what, *arguments)
-            if id(what) not in shipped:
-                return content
-            found[key] = content
+            found[key] = read(what, *arguments)
         return found[key]
 
     return read_once

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fuseplan.graph.facts import is_call
 from fuseplan.graph.surgery import copy_graph
 from fuseplan.rules.parts.attention.op import exact_attention
-from tests.attention import GROUPS, HEAD_DIM, HEADS, Repeat, hugging_face
+from tests.attention import GROUPS, HEADS, Repeat, hugging_face, inputs
 from tests.helpers import post_grad, randn
 
 aten = torch.ops.aten
@@ -69,14 +69,9 @@ class Eager:
         weights = self.weights(weights)
         return torch.matmul(weights, self.repeat(v)), weights
 
-    def inputs(
-        self, queries: int = 1, dtype: torch.dtype = torch.bfloat16, *, batch: int = 3, keys: int = 32, shared: int = 2
-    ) -> list[Tensor]:
+    def inputs(self, queries: int = 1, dtype: torch.dtype = torch.bfloat16, **sizes: int) -> list[Tensor]:
         """q, k, v, a mask that hides keys by the lowest number, and sinks."""
-        q = randn(batch, HEADS, queries, HEAD_DIM, dtype=dtype, seed=1)
-        k, v = (randn(batch, shared, keys, HEAD_DIM, dtype=dtype, seed=seed) for seed in (2, 3))
-        last = torch.arange(keys - queries, keys)[:, None] - 3 * torch.arange(batch)[:, None, None, None]
-        seen = torch.arange(keys) <= last
+        q, k, v, seen = inputs(queries, dtype, **sizes)  # type: ignore[arg-type]
         mask = torch.zeros((), dtype=dtype).where(seen, torch.finfo(dtype).min)
         return [q, k, v, mask, *([randn(HEADS, dtype=dtype, seed=4)] if self.sinks else [])]
 

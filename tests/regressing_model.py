@@ -17,12 +17,13 @@ class Layer(nn.Module):
     def __init__(self, group: str | None, obstacle: str | None) -> None:
         super().__init__()
         self.group, self.obstacle = group, obstacle
-        self.proj = Columns(HIDDEN, HIDDEN)
         self.norm = nn.RMSNorm(HIDDEN, eps=1e-6)
-        self.experts = Columns(2 * HIDDEN, HIDDEN)
+        # [in, out], as GPT-2's weights are, which no fusion takes.
+        self.proj = nn.Parameter(torch.randn(HIDDEN, HIDDEN) / HIDDEN**0.5)
+        self.experts = nn.Parameter(torch.randn(2 * HIDDEN, HIDDEN) / HIDDEN**0.5)
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.proj(x)
+        x = x @ self.proj
         if self.group is not None:
             x = collectives.all_reduce(x, "sum", self.group)  # type: ignore[arg-type]
         if self.obstacle == "scale":
@@ -30,7 +31,7 @@ class Layer(nn.Module):
         residual = residual + x
         y = self.norm(residual)
         y = torch.cat([y, y], -1) if self.obstacle == "no pad" else F.pad(y, (0, HIDDEN))
-        return self.experts(y), residual
+        return y @ self.experts, residual
 
 
 class Model(nn.Module):
@@ -56,14 +57,3 @@ def build(tp: int) -> tuple[Model, tuple[Tensor]]:
 def plant(folder: Path, *lines: str) -> None:
     """Plants obstacles in the copy in a folder, in place of those that are there."""
     (folder / PLANTED.name).write_text("\n".join(lines))
-
-
-class Columns(nn.Module):
-    """A linear layer whose weight is [in, out], as GPT-2's are, which no fusion takes."""
-
-    def __init__(self, width: int, features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(width, features) / width**0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight

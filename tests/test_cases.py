@@ -59,15 +59,12 @@ def without(*rules: str) -> list[Any]:
 
 def test_case_1_vllm_42411_order_of_registration_means_nothing(gpt_oss: fx.Graph) -> None:
     """AR+RMS claimed every fused_add_rms_norm and starved the RMSNorm+pad fusion."""
-    orders = list(permutations(("allreduce_rms", "act_padding", "allreduce_rms_padding")))
-    plans = []
-    for order in orders:
+    first = explained(gpt_oss)
+    for order in permutations(("allreduce_rms", "act_padding", "allreduce_rms_padding")):
         rules = sorted(without(), key=lambda rule: order.index(rule.name) if rule.name in order else 9)
         report = explained(gpt_oss, rules=rules)
-        assert report.plan is not None
-        plans.append((report.plan.digest, report.plan.objective_ns, report.applied))
-    assert all(plan == plans[0] for plan in plans)
-    assert all(explained(gpt_oss, f"ordered({', '.join(order)})").saved_ns <= plans[0][1] for order in orders)
+        assert (report.plan, report.applied) == (first.plan, first.applied)
+        assert explained(gpt_oss, f"ordered({', '.join(order)})").saved_ns <= first.saved_ns
 
 
 def test_case_1_vllm_42411_losers_are_listed_with_what_they_lost(gpt_oss: fx.Graph) -> None:
@@ -78,9 +75,7 @@ def test_case_1_vllm_42411_losers_are_listed_with_what_they_lost(gpt_oss: fx.Gra
     for loss in losers:
         (winner,) = loss.blocked_by
         assert winner.rule == "allreduce_rms"
-        assert winner.saving_ns is not None
-        assert loss.fusion.saving_ns is not None
-        assert loss.lost_ns == winner.saving_ns - loss.fusion.saving_ns > 0
+        assert loss.lost_ns == (winner.saving_ns or 0) - (loss.fusion.saving_ns or 0) > 0
 
 
 @needs_rounded_residual
@@ -96,38 +91,30 @@ def test_case_1_vllm_42411_the_plan_follows_the_costs(gpt_oss: fx.Graph, tmp_pat
     assert counts(on_nvidia) == {"allreduce_rms": LAYERS + 1}
 
 
-def quantised(group: str) -> Any:
-    def block(x: Tensor, residual: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        y, total = vllm(all_reduce(x, group), residual, weight)
-        return quantize(y, scale), total
-
-    return block
-
-
-def quantised_graph(group: str) -> fx.Graph:
-    return post_grad(quantised(group), randn(16, HIDDEN), randn(16, HIDDEN, seed=1), randn(HIDDEN), torch.tensor(0.5))
+X, R, W = randn(16, HIDDEN), randn(16, HIDDEN, seed=1), randn(HIDDEN)
 
 
 def test_case_2_vllm_42864_all_reduce_norm_and_quant_become_one(two_ranks: str) -> None:
-    """AR+RMS absorbed the norm, so that norm+quant could not fire and the quants stood alone."""
-    graph = quantised_graph(two_ranks)
+    """AR+RMS absorbed the norm, so that norm+quant could not fire and the quants stood alone. Without a fusion of all
+    three it is the cheaper of these two.
+    """
+
+    def block(x: Tensor, residual: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        y, total = vllm(all_reduce(x, two_ranks), residual, weight)
+        return quantize(y, scale), total
+
+    graph, rules = post_grad(block, X, R, W, torch.tensor(0.5)), without("allreduce_rms_quant")
     starved = explained(graph, "ordered(allreduce_rms, norm_quant)")
     assert counts(starved) == {"allreduce_rms": 1}
     assert [loss.fusion.rule for loss in starved.lost] == ["norm_quant"]
     planned = explained(graph)
     assert counts(planned) == {"allreduce_rms_quant": 1}
     assert planned.saved_ns > starved.saved_ns
-
-
-def test_case_2_vllm_42864_without_it_the_cheaper_of_the_two(two_ranks: str) -> None:
-    graph, rules = quantised_graph(two_ranks), without("allreduce_rms_quant")
-    each = {
-        order: explained(graph, f"ordered({order})", rules=rules).saved_ns for order in ("allreduce_rms", "norm_quant")
-    }
-    planned = explained(graph, rules=rules)
+    pairs = ("allreduce_rms", "norm_quant")
+    each = {order: explained(graph, f"ordered({order})", rules=rules).saved_ns for order in pairs}
     best = max(each, key=each.__getitem__)
-    assert counts(planned) == {best: 1}
-    assert planned.saved_ns == each[best]
+    without_it = explained(graph, rules=rules)
+    assert (counts(without_it), without_it.saved_ns) == ({best: 1}, each[best])
 
 
 def test_case_8_vllm_57681_fuses_only_in_ranges_where_it_is_faster(gpt_oss: fx.Graph, tmp_path: Path) -> None:
@@ -184,7 +171,6 @@ def test_case_11_vllm_39356_command_line_and_configuration_choose_rules(tmp_path
 
     with traced_once():
         assert run() == {"allreduce_rms": 1, "allreduce_rms_padding": 2}
-        assert run("--forbid", "allreduce_rms_padding") == {"allreduce_rms": 3}
         assert run("--force", "act_padding") == {"act_padding": 2, "allreduce_rms": 1}
         one_layer = {"act_padding": 1, "allreduce_rms": 1, "allreduce_rms_padding": 1}
         assert run("--force", "act_padding@layers.1.*") == one_layer
@@ -196,9 +182,6 @@ def near_misses(function: Any, *inputs: Tensor) -> list[NearMiss]:
     """What near misses of all-reduces with norms are in the graph of a function, the declined aside."""
     rows = Report(policy="planned", order=(), rules=(), graphs=(explained(post_grad(function, *inputs)),)).near_misses
     return [row for row in rows if row.rule == "allreduce_rms" and row.nearness is not Nearness.DECLINED]
-
-
-X, R, W = randn(16, HIDDEN), randn(16, HIDDEN, seed=1), randn(HIDDEN)
 
 
 def test_case_3_vllm_28841_a_slice_that_cannot_be_hoisted_is_named(two_ranks: str) -> None:

@@ -53,6 +53,14 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, [*arguments])
 
 
+def told(*arguments: str) -> dict[str, Any]:
+    """What a command prints as JSON."""
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _traced_once() -> Iterator[None]:
     with traced_once():
@@ -61,11 +69,8 @@ def _traced_once() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tiny() -> dict[str, Any]:
-    """`explain gpt-oss-120b-tiny --tp 2 --json`: 4 layers, three ranges."""
-    result = run("explain", "gpt-oss-120b-tiny", "--tp", "2", "--json")
-    assert result.exit_code == 0, result.output
-    data: dict[str, Any] = json.loads(result.stdout)
-    return data
+    """Of 4 layers in three ranges."""
+    return told("explain", "gpt-oss-120b-tiny", "--tp", "2")
 
 
 @pytest.fixture
@@ -90,9 +95,8 @@ def test_case_1_each_order_starves_the_other_rule(tiny: dict[str, Any]) -> None:
     (off,) = [policy for policy in tiny["policies"] if policy["policy"] == "off"]
     assert set(off["fused"].values()) == {0}
     planned = tiny["policies"][0]
-    assert planned["policy"] == "planned"
+    assert (planned["policy"], planned["gap"]) == ("planned", 0.0)
     assert planned["fused"]["allreduce_rms_padding"] == layers * ranges
-    assert planned["gap"] == 0.0
     assert planned["objective_ns"] == planned["bound_ns"] == round(planned["saved_us"] * 1000)
     assert all(policy["saved_us"] <= planned["saved_us"] for policy in tiny["policies"])
 
@@ -114,30 +118,19 @@ def test_conflicts_name_winner_loser_and_places(tiny: dict[str, Any]) -> None:
     rows = {(row["winner"], row["loser"]): row for row in tiny["conflicts"]}
     contest = ("act_padding", "allreduce_rms")
     for row in (rows[contest], rows[contest[::-1]]):
-        assert row["op"] == "fused_add_rms_norm"
-        assert row["count"] == 12
-        assert row["rules"] == ["act_padding", "allreduce_rms"]
+        assert (row["op"], row["count"], row["rules"]) == ("fused_add_rms_norm", 12, [*contest])
         assert row["sources"] == [f"layers.{layer}.post_attention_norm" for layer in range(4)]
 
 
-@pytest.mark.parametrize(
-    ("layers", "tp", "spans"), [pytest.param(1, 4, ["1:8"], marks=pytest.mark.nightly), (2, 2, ["1:8", "9:100"])]
-)
-def test_counts_follow_layers_tp_and_ranges(layers: int, tp: int, spans: list[str]) -> None:
-    ranges = [argument for span in spans for argument in ("--range", span)]
-    result = run(
-        "explain", "gpt-oss-120b-tiny:outer-reduce", "--tp", str(tp), "--layers", str(layers), "--json", *ranges
-    )  # fmt: skip
-    data = json.loads(result.stdout)
-    count = len(spans)
-    pad_first = by_order(data, "act_padding", "allreduce_rms")["fused"]
-    assert pad_first == {"act_padding": layers * count, "allreduce_rms": (layers + 1) * count}
-    reduce_first = by_order(data, "allreduce_rms", "act_padding")["fused"]
-    assert reduce_first == {"act_padding": 0, "allreduce_rms": (2 * layers + 1) * count}
+def test_counts_follow_layers_and_ranges() -> None:
+    ranges = ["--range", "1:8", "--range", "9:100"]
+    data = told("explain", "gpt-oss-120b-tiny:outer-reduce", "--tp", "2", "--layers", "2", *ranges)
+    assert by_order(data, "act_padding", "allreduce_rms")["fused"] == {"act_padding": 4, "allreduce_rms": 6}
+    assert by_order(data, "allreduce_rms", "act_padding")["fused"] == {"act_padding": 0, "allreduce_rms": 10}
 
 
 def test_one_rank_has_no_all_reduce_to_fuse() -> None:
-    data = json.loads(run("explain", "gpt-oss-20b-tiny", "--layers", "2", "--json", "--range", "1:8").stdout)
+    data = told("explain", "gpt-oss-20b-tiny", "--layers", "2", "--range", "1:8")
     assert by_order(data, "act_padding")["fused"] == {"act_padding": 2}
 
 
@@ -150,24 +143,18 @@ def test_a_screen_has_no_colour_and_more_when_asked() -> None:
 
 
 def test_policies_can_be_named() -> None:
-    result = run(
-        "explain", "gpt-oss-120b-tiny", "--layers", "1", "--tp", "2", "--json", "--range", "1:8",
-        "--policy", "ordered(allreduce_rms)", "--policy", "off",
-    )  # fmt: skip
-    data = json.loads(result.stdout)
-    assert [policy["policy"] for policy in data["policies"]] == ["ordered", "off"]
-    assert data["policies"][0]["fused"] == {"allreduce_rms": 2}
+    policies = told(*EXPLAIN, "--policy", "ordered(allreduce_rms)", "--policy", "off")["policies"]
+    assert [policy["policy"] for policy in policies] == ["ordered", "off"]
+    assert policies[0]["fused"] == {"allreduce_rms": 2}
 
 
 def test_graph_breaks_are_reported_and_the_rest_explained(factories: Path) -> None:
     result = run("explain", "some_factories:breaks")
     assert result.exit_code == 0
     assert "2 graphs" in result.stdout
-    line = next(number for number, text in enumerate(FACTORIES.splitlines(), 1) if "graph_break()" in text)
-    found = (
-        f"graph break: Call to `torch._dynamo.graph_break()` (some_factories.py:{line}: torch._dynamo.graph_break())"
-    )
-    assert found in " ".join(result.stdout.split())
+    call = "torch._dynamo.graph_break()"
+    line = FACTORIES.partition(call)[0].count("\n") + 1
+    assert f"graph break: Call to `{call}` (some_factories.py:{line}: {call})" in " ".join(result.stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -179,10 +166,8 @@ def test_graph_breaks_are_reported_and_the_rest_explained(factories: Path) -> No
         (["explain", "gpt-oss-120b", "--tp", "0"], "at least 1"),
         (["explain", "gpt-oss-120b", "--tp", "2147483648"], "tp=2147483648: give a number of ranks of at most 65536"),
         (["explain", "gpt-oss-120b", "--layers", "0"], "at least 1"),
-        (["explain", "gpt-oss-120b", "--device", "h20"], "did you mean 'h200'"),
         (["explain", "gpt-oss-120b", "--policy", "planed"],
          "unknown policy 'planed'; allowed: planned, off, ordered(RULE"),
-        (["explain", "gpt-oss-120b", "--policy", "ordered(act_pading)"], "did you mean 'act_padding'"),
         (["explain", "gpt-oss-120b", "--range", "x"], "FIRST:LAST"),
         (["explain", "some_factories:wrong"], "must return (module, inputs), found int"),
         (["explain", "some_factories:fails"], "ValueError: not today"),
@@ -190,25 +175,15 @@ def test_graph_breaks_are_reported_and_the_rest_explained(factories: Path) -> No
         (["explain", "some_factories:exits_later"], "could not be traced: it calls sys.exit(0)"),
         (["check", "some_factories:exits", "--lock", "l.lock", "--update"], "the factory failed: it calls sys.exit(0)"),
         (["explain", "some_factories:nonesuch"], "unknown factory 'nonesuch'; allowed: "),
-        (["explain", "no_such_module:factory"], "no module named 'no_such_module' here; run in its folder"),
         (["explain", "some_factories:wrong", "--layers", "2"], "is a factory"),
         (["explain", "some_factories:raises"], "could not be traced: no such luck on two lines"),
         (["explain", "some_factories:no_ops"], "it runs no tensor op"),
         (["rules", "act_pading"], "did you mean 'act_padding'"),
         (["providers", "flashinfr"], "did you mean 'flashinfer'?"),
-        ([*EXPLAIN, "--costs", "absent.json"], "can't be read"),
-        ([*EXPLAIN, "--plan", "absent.json"], "can't be read"),
-        ([*EXPLAIN, "--force", "act_pading"], "did you mean 'act_padding'"),
         ([*EXPLAIN, "--force", "act_padding", "--forbid", "act_padding"], "is forced and forbidden"),
-        ([*EXPLAIN, "--provider", "tritonn"], "did you mean 'triton'"),
         ([*EXPLAIN, "--save-plan", "nowhere/plan.json"], "can't be written"),
-        ([*EXPLAIN, "--html", "nowhere/report.html"],
-         "report 'nowhere/report.html' can't be written: No such file or directory"),
-        *(
-            ([*EXPLAIN, "--policy", policy, "--force", "act_padding"],
-             f"force 'act_padding' applies to policy planned only, and shown is {policy}; add planned, or leave it out")
-            for policy in ("off", "ordered(allreduce_rms)")
-        ),
+        ([*EXPLAIN, "--policy", "off", "--force", "act_padding"],
+         "force 'act_padding' applies to policy planned only, and shown is off; add planned, or leave it out"),
     ],
 )  # fmt: skip
 def test_bad_requests_end_in_one_line_and_status_2(arguments: list[str], expected: str, factories: Path) -> None:
@@ -233,12 +208,15 @@ def test_broken_configs_end_in_one_line_and_status_2(content: str, expected: str
     assert [entry.name for entry in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_a_config_of_transformers_is_explained(tmp_path: Path) -> None:
+def config_of(folder: Path, **further: Any) -> str:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "qwen3", "num_hidden_layers": 3, "vocab_size": 96, "head_dim": 16, **sizes})
-    )
-    data = json.loads(run("explain", str(tmp_path), "--tp", "2", "--json", "--range", "1:8").stdout)
+    (folder / "config.json").write_text(json.dumps({**sizes, "vocab_size": 96, **further}))
+    return str(folder)
+
+
+def test_a_config_of_transformers_is_explained(tmp_path: Path) -> None:
+    folder = config_of(tmp_path, model_type="qwen3", num_hidden_layers=3, head_dim=16)
+    data = told("explain", folder, "--tp", "2", "--range", "1:8")
     fused = {"allreduce_rms": 2 * 3, "grouped_attention": 3, "qk_norm_rope": 3}
     assert by_order(data, *fused)["fused"] == fused
     assert data["recognized"]["fused_add_rms_norm[64]"] + data["recognized"]["rms_norm[64]"] == 2 * 3 + 1
@@ -246,10 +224,8 @@ def test_a_config_of_transformers_is_explained(tmp_path: Path) -> None:
 
 
 def test_graph_breaks_of_a_config_are_named_with_their_lines(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({"model_type": "jetmoe", "num_hidden_layers": 1, "vocab_size": 96, **sizes}))
-    result = run("explain", str(path), "--range", "1:8", "--policy", "planned", "-v")
+    folder = config_of(tmp_path, model_type="jetmoe", num_hidden_layers=1)
+    result = run("explain", folder, "--range", "1:8", "--policy", "planned", "-v")
     assert result.exit_code == 0
     shown = " ".join(result.stdout.split())
     assert re.search(r"graph break: .*? \(modeling_jetmoe\.py:\d+: expert_size = expert_size\.tolist\(\)\)", shown)
@@ -274,7 +250,7 @@ def test_debug_shows_the_traceback() -> None:
 
 def test_rules_lists_every_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "320")
-    data = json.loads(run("rules", "--json").stdout)
+    data = told("rules")
     assert sum(len(row["fusions"]) for row in data["rules"]) == len(BUILT_IN_RULES)
     for rule in BUILT_IN_RULES:
         assert rule.describe() in run("rules", rule.name).stdout
@@ -285,7 +261,7 @@ def test_rules_lists_every_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_providers_say_why_not() -> None:
-    rows = {row["provider"]: row for row in json.loads(run("providers", "--json").stdout)["providers"]}
+    rows = {row["provider"]: row for row in told("providers")["providers"]}
     assert rows["torch"]["available"]
     assert rows["torch"]["why_not"] is None
     assert {rule.op.name for rule in BUILT_IN_RULES} == set(rows["torch"]["implements"])
@@ -296,7 +272,7 @@ def test_providers_say_why_not() -> None:
 
 def test_a_provider_tells_what_its_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "240")
-    (row,) = json.loads(run("providers", "flashinfer", "--json").stdout)["providers"]
+    (row,) = told("providers", "flashinfer")["providers"]
     kernels = {each["op"]: each for each in row["kernels"]}
     assert list(kernels) == row["implements"]
     reduces = kernels["all_reduce_fused_add_rms_norm"]
@@ -310,9 +286,8 @@ def test_a_provider_tells_what_its_kernels_take(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_has_not_been_run_is_said() -> None:
-    rows = {row["provider"]: row for row in json.loads(run("providers", "--json").stdout)["providers"]}
-    untested = [name for name, row in rows.items() if row["untested"]]
-    assert untested == ["aiter", "sdpa", "sdpa_packed", "triton", "vllm_c"]
+    rows = {row["provider"]: row for row in told("providers")["providers"]}
+    assert [name for name in rows if rows[name]["untested"]] == ["aiter", "sdpa", "sdpa_packed", "triton", "vllm_c"]
     assert "not run on ROCm hardware" in run("providers").stdout
 
 
@@ -325,63 +300,56 @@ def test_plans_are_saved_replayed_and_compared(tmp_path: Path) -> None:
     changed = run("diff", str(first), str(second))
     assert (changed.exit_code, "allreduce_rms_padding" in changed.stdout) == (1, True)
     assert json.loads(run("diff", str(first), str(second), "--json").stdout)["changes"]
-    replayed = json.loads(run(*EXPLAIN, "--plan", str(second), "--policy", "planned", "--json").stdout)
-    assert replayed["policies"][0]["fused"]["allreduce_rms_padding"] == 0
-    assert replayed["policies"][0]["fused"]["allreduce_rms"] == 2
+    fused = told(*EXPLAIN, "--plan", str(second), "--policy", "planned")["policies"][0]["fused"]
+    assert (fused["allreduce_rms_padding"], fused["allreduce_rms"]) == (0, 2)
     other = run("explain", "gpt-oss-120b-tiny", "--tp", "2", "--layers", "2", "--range", "1:64", "--plan", str(first))
     assert "doesn't fit this graph: there were" in one_line(other)
 
 
 def test_what_is_forced_stands_beside_the_plan_without_it() -> None:
     """ "What if": what it saves less, and what changes where."""
-    arguments = (*EXPLAIN, "--policy", "planned", "--force", "act_padding")
-    data = json.loads(run(*arguments, "--json").stdout)
-    (asked,) = data["policies"]
+    data = told(*EXPLAIN, "--policy", "planned", "--force", "act_padding")
+    (asked,), other = data["policies"], data["counterfactual"]
     assert (asked["force"], asked["fused"]["act_padding"]) == (["act_padding"], 1)
-    other = data["counterfactual"]
     assert (other["force"], other["forbid"]) == (["act_padding"], [])
     assert other["without"]["fused"] == {**asked["fused"], "act_padding": 0, "allreduce_rms_padding": 1}
-    (change,) = other["changes"]
+    (change,), (lost,) = other["changes"], other["lost_us"]
     assert (change["before"], change["after"]) == ("allreduce_rms_padding triton", "act_padding triton")
-    assert change["count"] == 1
-    (lost,) = other["lost_us"]
     assert lost["lost_us"] == pytest.approx(other["without"]["saved_us"] - asked["saved_us"])
     assert lost["lost_us"] > 0
-    assert json.loads(run(*EXPLAIN, "--json").stdout)["counterfactual"] is None
+    assert told(*EXPLAIN)["counterfactual"] is None
 
 
 def test_what_is_forbidden_is_held_against_the_first_order_too() -> None:
     order = "ordered(allreduce_rms, act_padding)"
     arguments = (*EXPLAIN, "--policy", "off", "--policy", order, "--forbid", "allreduce_rms@layers.0.post*")
-    data = json.loads(run(*arguments, "--json").stdout)
-    other = data["counterfactual"]
+    other = told(*arguments)["counterfactual"]
     assert (other["force"], other["forbid"]) == ([], ["allreduce_rms@layers.0.post*"])
     assert other["without"]["order"] == ["allreduce_rms", "act_padding"]
     (change,) = other["changes"]
     assert (change["before"].split()[0], change["after"].split()[0]) == ("allreduce_rms", "act_padding")
 
 
-@pytest.mark.parametrize("policy", ["off", "ordered(allreduce_rms)"])
-def test_what_is_forced_may_concern_one_policy_of_several(policy: str) -> None:
-    assert run(*EXPLAIN, "--policy", policy, "--policy", "planned", "--force", "act_padding").exit_code == 0
+def test_what_is_forced_may_concern_one_policy_of_several() -> None:
+    assert run(*EXPLAIN, "--policy", "off", "--policy", "planned", "--force", "act_padding").exit_code == 0
 
 
 def test_what_is_forbidden_is_no_conflict_and_not_too_dear() -> None:
     rules = ("act_padding", "allreduce_rms", "allreduce_rms_padding")
     arguments = [argument for rule in rules for argument in ("--forbid", rule)]
-    data = json.loads(run(*EXPLAIN, "--policy", "planned", "--json", *arguments).stdout)
+    data = told(*EXPLAIN, "--policy", "planned", *arguments)
     assert (data["conflicts"], data["policies"][0]["forbid"]) == ([], [*rules])
 
 
 def test_a_conflict_says_which_cost_would_flip_it() -> None:
-    rows = json.loads(run(*EXPLAIN, "--policy", "planned", "--json").stdout)["conflicts"]
+    rows = told(*EXPLAIN, "--policy", "planned")["conflicts"]
     (row,) = [each for each in rows if each["loser"] == "allreduce_rms"]
     assert 0 < row["lost_low_us"] < row["lost_us"] < row["lost_high_us"]
     assert row["flips_at_us"] > 0
 
 
 def test_devices_and_their_constants() -> None:
-    rows = {row["device"]: row for row in json.loads(run("devices", "--json").stdout)["devices"]}
+    rows = {row["device"]: row for row in told("devices")["devices"]}
     assert {"a100", "h100", "h200", "gh200", "b200", "b300", "l40s", "rtx4090", "mi300x", "mi325x", "mi355x"} <= {*rows}
     assert [name for name, row in rows.items() if row["here"]] == ["cpu"]
     assert all(each["source"] for row in rows.values() for each in row["constants"])
@@ -400,11 +368,9 @@ def test_html_is_written_beside_what_is_printed(tmp_path: Path) -> None:
     view = json.loads(data)
     assert view["headline"].startswith("The plan saves ")
     assert any(row["state"] == "starved" and row["loser"] == "act_padding" for row in view["verdicts"])
-    classes = {view["strings"][row[0]] for row in view["costs"]}
-    assert {view["strings"][row[8]] for row in view["fusions"]} <= classes
-    assert all(row[11] for row in view["fusions"])
 
 
 def test_html_is_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalog, "build", None)
-    assert one_line(run(*EXPLAIN, "--html", "nowhere/report.html"))
+    says = "report 'nowhere/report.html' can't be written: No such file or directory"
+    assert says in one_line(run(*EXPLAIN, "--html", "nowhere/report.html"))

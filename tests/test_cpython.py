@@ -39,12 +39,6 @@ def test_without_room_some_depth_does() -> None:
     assert worst() >= CALLS
 
 
-def test_what_is_called_with_room_returns_and_raises_as_ever() -> None:
-    assert with_room(lambda: "result") == "result"
-    with pytest.raises(ZeroDivisionError):
-        with_room(lambda: 1 // 0)
-
-
 @pytest.mark.parametrize("collects", [True, False])
 def test_collection_goes_on_as_it_did_before(collects: bool) -> None:
     @uncollected()

@@ -1,8 +1,6 @@
 """The entry points: what `compile`, `inductor_options` and `explain` promise beside what the pass does."""
 
-import contextlib
 import functools
-import gc
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,7 +32,6 @@ class Block(nn.Module):
     def __init__(self, width: int = HIDDEN) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(width, eps=1e-6, dtype=torch.bfloat16)
-        self.width = width
 
     def forward(self, x: Tensor) -> Tensor:
         return F.pad(self.norm(x + x.sin()), (0, 8))
@@ -102,8 +99,6 @@ def test_calls_go_to_the_graph_of_their_range() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(randn(17, HIDDEN))
-    assert model.width == HIDDEN
-    assert [name for name, _ in model.named_parameters()] == ["_orig_mod.norm.weight"]
 
 
 def test_tokens_are_the_product_of_leading_dimensions() -> None:
@@ -123,16 +118,11 @@ def test_training_graphs_are_left_alone_and_reported() -> None:
     assert {refusal.reason for refusal in refusals} == {Reason.TRAINING}
 
 
-def test_case_10_nothing_compiled_is_one_visible_warning() -> None:
-    """vLLM #45604 logged enabled fusions with compilation off."""
+def test_case_10_what_has_no_effect_is_one_visible_warning() -> None:
+    """vLLM #45604 logged enabled fusions with compilation off; #21325, #55720: on, and never anything to do."""
     with pytest.warns(fuseplan.FuseplanWarning, match="torch.compile is switched off by disable=True"):
         fuseplan.compile(Block(), disable=True)
-
-
-def test_case_10_a_flag_without_effect_is_one_visible_warning() -> None:
-    """vLLM #21325, #55720: on, and never anything to do."""
-    config = fuseplan.PassConfig(fuse_allreduce_rms=True)
-    model, _ = compiled(Block(), config)
+    model, _ = compiled(Block(), fuseplan.PassConfig(fuse_allreduce_rms=True))
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         model(randn(5, HIDDEN))
@@ -141,16 +131,7 @@ def test_case_10_a_flag_without_effect_is_one_visible_warning() -> None:
     assert texts == ["fuse_allreduce_rms=True has no effect: the graph has no all_reduce"]
 
 
-def test_explain_counts_what_compile_fuses() -> None:
-    explained = fuseplan.explain(Block(), randn(5, HIDDEN), config=PAD)
-    model, reports = compiled(Block())
-    model(randn(5, HIDDEN))
-    assert explained.fused == reports[0].fused == {"act_padding": 1}
-    assert not explained.graphs[0].rewritten
-    assert reports[0].graphs[0].rewritten
-
-
-def test_explain_covers_graphs_between_breaks() -> None:
+def test_explain_counts_what_compile_fuses_between_graph_breaks() -> None:
     block = Block()
 
     def broken(x: Tensor) -> Any:
@@ -158,42 +139,28 @@ def test_explain_covers_graphs_between_breaks() -> None:
         torch._dynamo.graph_break()
         return block(y[..., :HIDDEN])
 
-    report = fuseplan.explain(broken, randn(5, HIDDEN), config=PAD)
-    assert report.fused == {"act_padding": 2}
-    assert len(report.graphs) == 2
-
-
-def test_what_can_not_be_traced_is_one_line() -> None:
-    def impossible(x: Tensor) -> Tensor:
-        raise RuntimeError("no\nway")
-
-    with pytest.raises(WorkloadError, match="the model could not be traced: no way"):
-        fuseplan.explain(impossible, randn(5, HIDDEN))
+    explained = fuseplan.explain(broken, randn(5, HIDDEN), config=PAD)
+    model, reports = compiled(broken)
+    model(randn(5, HIDDEN))
+    assert explained.fused == {"act_padding": sum(each.fused["act_padding"] for each in reports)} == {"act_padding": 2}
+    assert [graph.rewritten for graph in explained.graphs] == [False] * 2
+    assert [graph.rewritten for report in reports for graph in report.graphs] == [True] * 2
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_so_is_a_model_that_torch_compile_refuses() -> None:
+def test_what_torch_compile_refuses_is_one_line() -> None:
     scripted = torch.jit.script(nn.RMSNorm(HIDDEN))
     with pytest.raises(WorkloadError, match=r"could not be traced: torch.compile does not support .*torch.jit.script"):
         fuseplan.explain(scripted, randn(5, HIDDEN))
 
 
-def test_rows_of_no_elements_are_planned() -> None:
-    def model(x: Tensor, w: Tensor) -> Tensor:
-        return nn.functional.pad(nn.functional.rms_norm(x, (0,), w, 1e-6), (0, 8))
-
-    report = fuseplan.explain(model, randn(5, 0), randn(0), config=PAD)
-    assert report.fused["act_padding"] == 1
-
-
 @pytest.mark.parametrize("policy", ["planned", "ordered(act_padding)"])
-def test_an_empty_batch_is_planned_and_compiled(policy: str) -> None:
+def test_what_is_empty_is_planned_and_compiled(policy: str) -> None:
     config = fuseplan.PassConfig(policy=policy)
+    assert fuseplan.explain(Block(0), randn(5, 0), config=config, device="h200").fused["act_padding"] == 1
     assert fuseplan.explain(Block(), randn(0, HIDDEN), config=config, device="h200").fused["act_padding"] == 1
-    block = fuseplan.compile(Block(), config=config)
-    with torch.inference_mode():
-        shapes = [block(randn(rows, HIDDEN)).shape for rows in (0, 4, 0)]
-    assert shapes == [Block()(randn(rows, HIDDEN)).shape for rows in (0, 4, 0)]
+    block, _ = compiled(Block(), config)
+    assert [block(randn(rows, HIDDEN)).shape for rows in (0, 4, 0)] == [(rows, HIDDEN + 8) for rows in (0, 4, 0)]
 
 
 def test_a_model_on_the_meta_device_is_refused_with_what_works() -> None:
@@ -215,13 +182,11 @@ COMPILE, OPTIONS, EXPLAIN = (
 )
 ANOTHER_TYPE: list[tuple[Sequence[Callable[..., Any]], dict[str, Any], str]] = [
     ((fuseplan.explain, fuseplan.compile), {"model": None}, "model=None: allowed are modules and functions$"),
-    ((fuseplan.explain, fuseplan.compile), {"model": 3}, "model=3: allowed are modules and functions$"),
     ((fuseplan.explain, fuseplan.compile), {"model": "llama"}, "model='llama': allowed are modules and functions$"),
     ((COMPILE, OPTIONS), {"on_report": 3}, "on_report=3: allowed are None and functions$"),
     ((COMPILE, OPTIONS), {"passes": 3},
      "pass 3 is neither a PatternMatcherPass, an ExternalPass nor a function of a graph"),
     ((COMPILE, OPTIONS), {"passes": None}, "pass None is neither"),
-    ((COMPILE, OPTIONS), {"options": 3}, "options=3: allowed are None and dictionaries"),
     ((COMPILE, OPTIONS), {"options": ["max_autotune"]},
      r"options=\['max_autotune'\]: allowed are None and dictionaries"),
     ((COMPILE,), {"backend": "eager"}, "backend='eager': fusions are passes of Inductor"),
@@ -257,7 +222,7 @@ with torch.inference_mode():
     model = fuseplan.compile(block, config=PAD, on_report=reports.append)
     difference = (model(randn(5, 64)) - block(randn(5, 64))).abs().max().item()
 (graph,) = reports[0].graphs
-print(graph.from_cache, reports[0].fused, difference < 2 ** -6, "fused" if graph.applied else "")
+print(graph.from_cache, reports[0].fused["act_padding"], len(graph.applied), difference < 2 ** -6)
 """
 
 
@@ -265,14 +230,9 @@ def test_a_warm_compile_cache_still_reports(forks: Forks, tmp_path: Path) -> Non
     path = tmp_path / "program.py"
     path.write_text(WARM, encoding="utf-8")
     request = Request(path=str(path), environment={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}, is_told=False)
-    outputs = []
-    for _ in range(2):
+    for was_warm in (False, True):
         (done,) = forks.outcomes(forks.start(request))
-        assert done.status == 0, done.output
-        outputs.append(done.output.split())
-    assert outputs[0] == ["False", *outputs[1][1:]]
-    assert outputs[1][0] == "True"
-    assert outputs[1][-1] == "fused"
+        assert (done.status, done.output) == (0, f"{was_warm} 1 1 True\n")
 
 
 def test_explain_leaves_the_users_tensors_as_they_were() -> None:
@@ -285,19 +245,6 @@ def test_explain_leaves_the_users_tensors_as_they_were() -> None:
         assert report.recognized
     assert fresh.__dict__ == {}
     assert marked.__dict__ == before
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_garbage_is_collected_again_after_explaining(fails: bool) -> None:
-    def block(x: Tensor) -> Tensor:
-        if fails:
-            raise ValueError("not today")
-        return x.sin()
-
-    assert gc.isenabled()
-    with pytest.raises(WorkloadError) if fails else contextlib.nullcontext():
-        fuseplan.explain(block, randn(4, 8))
-    assert gc.isenabled()
 
 
 def test_advice_on_what_is_never_run_is_not_given() -> None:

@@ -22,15 +22,14 @@ from fuseplan.record.report import MOST_LAYERS
 from fuseplan.report.lock import LARGEST_BYTES as LARGEST_LOCK
 from fuseplan.report.lock import FusionLock
 from fuseplan.workloads import catalog
+from tests.lines import one_line
 from tests.test_architecture import Module, _within, dotted, imports, names_of, source_modules
 
 RUN_WHAT_THEY_READ = (
     "pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "runpy", "code",
-    "codeop", "pydoc", "pkgutil.resolve_name", "pkgutil.walk_packages", "pkgutil.get_data",
-    "importlib.machinery", "importlib.util.spec_from_file_location",
-    "importlib.util.module_from_spec",
-    "torch.load", "torch.jit.load", "torch.export.load", "torch.package", "torch.hub", "numpy.load", "subprocess",
-    "os.system", "os.popen",
+    "codeop", "pydoc", "pkgutil.resolve_name", "pkgutil.walk_packages", "pkgutil.get_data", "importlib.machinery",
+    "importlib.util.spec_from_file_location", "importlib.util.module_from_spec", "torch.load", "torch.jit.load",
+    "torch.export.load", "torch.package", "torch.hub", "numpy.load", "subprocess", "os.system", "os.popen",
 )  # fmt: skip
 """Modules and functions that run, or let run, what is in a file or a text."""
 
@@ -85,30 +84,19 @@ def test_one_place_imports_what_a_user_names() -> None:
 
 
 @pytest.mark.parametrize(
-    "source",
+    ("source", "is_found"),
     [
-        "import pickle",
-        "def f():\n    from pickle import loads",
-        "import torch\ntorch.load('x')",
-        "from torch import load",
-        "import torch as t\nt.jit.load('x')",
-        "eval('1')",
-        "def f(text):\n    return exec(text)",
-        "__import__('os')",
-        "import importlib\nimportlib.import_module('yaml')",
-        "import os\nos.system('x')",
+        ("def f():\n    from pickle import loads", True),
+        ("from torch import load", True),
+        ("import torch as t\nt.jit.load('x')", True),
+        ("def f(text):\n    return exec(text)", True),
+        ("import importlib\nimportlib.import_module('yaml')", True),
+        ("import torch\ntorch.compile(f)", False),
+        ("def compile(): ...\ndef g():\n    compile()", False),
     ],
 )
-def test_checker_finds_what_runs_text(source: str) -> None:
-    assert list(what_runs_text(Module("graph/f.py", source)))
-
-
-@pytest.mark.parametrize(
-    "source",
-    ["import torch\ntorch.compile(f)", "def compile(): ...\ndef g():\n    compile()", "import re\nre.compile('')"],
-)
-def test_checker_lets_others_be(source: str) -> None:
-    assert not list(what_runs_text(Module("graph/f.py", source)))
+def test_checker_finds_what_runs_text(source: str, is_found: bool) -> None:
+    assert any(what_runs_text(Module("graph/f.py", source))) == is_found
 
 
 def test_checker_finds_imports_of_what_is_not_written_there() -> None:
@@ -146,10 +134,8 @@ def test_no_path_makes_a_reader_wait(name: str, tmp_path: Path) -> None:
         (tmp_path / "binary", "it isn't UTF-8"),
         (Path("a\0b"), "embedded null byte"),
     ):
-        with pytest.raises(error) as caught:
+        with pytest.raises(error, match=f"^{name}.*{re.escape(says)}") as caught:
             read(path)
-        assert str(caught.value).startswith(name)
-        assert says in str(caught.value)
         assert str(caught.value).isprintable()
     assert time.monotonic() - start < 60
 
@@ -162,14 +148,14 @@ CONTENTS = {
 
 
 @pytest.mark.parametrize("name", READERS)
-@pytest.mark.parametrize("content", CONTENTS, ids=CONTENTS.values())
-def test_names_twice_and_what_is_no_number_are_refused_by_all(name: str, content: str, tmp_path: Path) -> None:
-    if "NaN" in content and name == "Hugging Face configuration":
-        pytest.skip("it isn't a file of ours")
+def test_names_twice_and_what_is_no_number_are_refused_by_all(name: str, tmp_path: Path) -> None:
     read, error, _ = READERS[name]
-    (tmp_path / "file").write_text(content)
-    with pytest.raises(error, match=CONTENTS[content]):
-        read(tmp_path / "file")
+    for content, says in CONTENTS.items():
+        if "NaN" in content and name == "Hugging Face configuration":
+            continue  # it isn't a file of ours
+        (tmp_path / "file").write_text(content)
+        with pytest.raises(error, match=says):
+            read(tmp_path / "file")
 
 
 def configuration(folder: Path, **fields: object) -> Path:
@@ -205,9 +191,7 @@ def test_configurations_name_no_code(tmp_path: Path) -> None:
 def test_sizes_that_no_model_has_end_in_one_line(fields: dict[str, object], says: str, tmp_path: Path) -> None:
     path = configuration(tmp_path, **fields)
     tp = "3" if "num_attention_heads" in fields else "1"
-    result = CliRunner().invoke(app, ["explain", str(path), "--tp", tp])
-    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-    assert says in result.stderr
+    assert says in one_line(CliRunner().invoke(app, ["explain", str(path), "--tp", tp]))
 
 
 def test_whatever_a_configuration_breaks_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,6 +215,4 @@ def test_requests_that_cannot_be_paths_end_in_one_line(tmp_path: Path) -> None:
         (["check", "gpt-oss-120b-tiny", "--lock", lock, "--update"], "Too many levels of symbolic links"),
         (["explain", "gpt-oss-120b-tiny", "--html", lock], "Too many levels of symbolic links"),
     ):
-        result = CliRunner().invoke(app, arguments)
-        assert (result.exit_code, result.stderr.count("\n"), result.stdout) == (2, 1, "")
-        assert says in result.stderr
+        assert says in one_line(CliRunner().invoke(app, arguments))

@@ -3,12 +3,14 @@
 import errno
 import gc
 import json
+import multiprocessing
 import os
 import signal
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,6 @@ from fuseplan.config import CompileRange
 from fuseplan.record import Report
 from tests.interpreted import no_code
 
-ROOT = Path(__file__).parents[1]
 PAD = fuseplan.PassConfig(policy="ordered(act_padding)")
 
 
@@ -45,11 +46,8 @@ def inputs_of(width: int, rows: int = 4) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def without_code(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A cache of its own for each test, and no code but where a test is of generated code."""
-    if request.node.get_closest_marker("nightly"):
-        yield
-        return
+def without_code() -> Iterator[None]:
+    """A cache of its own for each test, and no code."""
     with no_code(), fresh_cache():
         torch._dynamo.reset()
         yield
@@ -63,67 +61,51 @@ def run(compiled: Callable[..., Tensor], model: Callable[..., Tensor], inputs: S
 
 def test_two_models_of_other_shapes_and_configs_in_one_process() -> None:
     spans = (CompileRange(start=1, end=8), CompileRange(start=9, end=64))
-    made = {
-        "padding": (64, model_of(64), PAD),
-        "off": (72, model_of(72), fuseplan.PassConfig(policy="off")),
-        "ranges": (80, model_of(80, 2), replace(PAD, compile_ranges=spans)),
-    }
-    reports = {name: list[Report]() for name in made}
-    compiled = {
-        name: fuseplan.compile(model, config=config, on_report=reports[name].append)
-        for name, (_, model, config) in made.items()
-    }
+    padding, off, ranges = list[Report](), list[Report](), list[Report]()
+    made = [
+        (fuseplan.compile(model, config=config, on_report=reports.append), model, width)
+        for reports, config, model, width in (
+            (padding, PAD, model_of(64), 64),
+            (off, fuseplan.PassConfig(policy="off"), model_of(72), 72),
+            (ranges, replace(PAD, compile_ranges=spans), model_of(80, 2), 80),
+        )
+    ]
     for rows in (4, 16, 4):
-        for name in ("padding", "off", "ranges", "off", "padding"):
-            width, model, _ = made[name]
-            run(compiled[name], model, inputs_of(width, rows))
-    assert {report.fused["act_padding"] for report in reports["padding"]} == {2}
-    assert {sum(report.fused.values()) for report in reports["off"]} == {0}
-    assert [graph.range for report in reports["ranges"] for graph in report.graphs] == [(1, 8), (9, 64)]
-    assert {report.fused["act_padding"] for report in reports["ranges"]} == {3}
+        for compiled, model, width in (*made, *made[::-1]):
+            run(compiled, model, inputs_of(width, rows))
+    assert {report.fused["act_padding"] for report in padding} == {2}
+    assert {sum(report.fused.values()) for report in off} == {0}
+    assert [graph.range for report in ranges for graph in report.graphs] == [(1, 8), (9, 64)]
+    assert {report.fused["act_padding"] for report in ranges} == {3}
 
 
 @pytest.mark.parametrize("explains", [False, True], ids=["compile", "explain"])
 def test_threads_at_once(explains: bool) -> None:
-    count, failures = 6, list[BaseException]()
-    reports: list[list[Report]] = [[] for _ in range(count)]
+    count = 6
     start = threading.Barrier(count)
 
-    def work(number: int) -> None:
-        try:
-            width, layers = 64 + 8 * number, 1 + number % 3
-            model = model_of(width, layers)
-            start.wait()
-            if explains:
-                reports[number].append(fuseplan.explain(model, *inputs_of(width), config=PAD))
-            else:
-                run(fuseplan.compile(model, config=PAD, on_report=reports[number].append), model, inputs_of(width))
-        except BaseException as error:  # noqa: BLE001 - a thread's failure is the test's
-            failures.append(error)
+    def work(number: int) -> list[int]:
+        reports, width = list[Report](), 64 + 8 * number
+        model = model_of(width, 1 + number % 3)
+        start.wait()
+        if explains:
+            reports.append(fuseplan.explain(model, *inputs_of(width), config=PAD))
+        else:
+            run(fuseplan.compile(model, config=PAD, on_report=reports.append), model, inputs_of(width))
+        return [report.fused["act_padding"] for report in reports]
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
-    assert [[report.fused["act_padding"] for report in each] for each in reports] == [[2 + n % 3] for n in range(count)]
+    with ThreadPoolExecutor(count) as threads:
+        assert [*threads.map(work, range(count))] == [[2 + number % 3] for number in range(count)]
 
 
 def in_a_fork(work: Callable[[], None]) -> None:
     """Runs `work` in a child of this process, which must end by itself."""
+    child = multiprocessing.get_context("fork").Process(target=work, daemon=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks beside threads
-        child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            signal.alarm(120)
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    assert os.waitpid(child, 0)[1] == 0
+        child.start()
+    child.join(120)
+    assert child.exitcode == 0
 
 
 def test_a_fork_runs_what_was_compiled_and_compiles_anew() -> None:
@@ -196,10 +178,8 @@ def test_reports_that_cannot_be_stored_fail_no_compilation(
             model, reports = model_of(width), list[Report]()
             run(fuseplan.compile(model, config=PAD, on_report=reports.append), model, inputs_of(width))
             assert [report.fused["act_padding"] for report in reports] == [2]
-    (line,) = [each for each in caplog.messages if "stored" in each]
-    assert line == (
-        f"reports can't be stored, so that warm compile caches will come without them: {os.strerror(number)}"
-    )
+    says = f"reports can't be stored, so that warm compile caches will come without them: {os.strerror(number)}"
+    assert [each for each in caplog.messages if "stored" in each] == [says]
     assert cached_files() == []
 
 
@@ -227,12 +207,11 @@ GARBAGE = {
 
 @pytest.mark.parametrize("name", GARBAGE)
 def test_a_stored_report_that_is_broken_is_none(name: str) -> None:
-    store.save("key", REPORT)
-    assert store.load("key") == REPORT
-    (store._folder() / "key.json").write_bytes(GARBAGE[name])
-    assert store.load("key") is None
-    store.save("key", REPORT)
-    assert store.load("key") == REPORT
+    for _ in range(2):
+        store.save("key", REPORT)
+        assert store.load("key") == REPORT
+        (store._folder() / "key.json").write_bytes(GARBAGE[name])
+        assert store.load("key") is None
 
 
 def test_what_killed_processes_left_in_the_cache_goes() -> None:
@@ -244,43 +223,35 @@ def test_what_killed_processes_left_in_the_cache_goes() -> None:
     assert cached_files() == ["another.json", "key.json"]
 
 
-def graph_of(text: str, **attributes: Any) -> fx.GraphModule:
+def holding(held: Tensor) -> fx.GraphModule:
     graph = fx.Graph()
-    x = graph.placeholder("x")
-    value = graph.get_attr("held") if attributes else x
-    graph.output(graph.call_function(getattr(torch, text), (x, value) if attributes else (x,)))
-    root = torch.nn.Module()
-    for name, each in attributes.items():
-        root.register_buffer(name, each)
-    return fx.GraphModule(root, graph)
+    graph.output(graph.call_function(torch.add, (graph.placeholder("x"), graph.get_attr("held"))))
+    return fx.GraphModule({"held": held}, graph)
 
 
-def report_key(gm: fx.GraphModule, x: Tensor, *, manager: Any = "manager", **options: Any) -> str | None:
+SIN, COS = fx.symbolic_trace(lambda x: x.sin()), fx.symbolic_trace(lambda x: x.cos())
+
+
+def report_key(x: Tensor, gm: fx.GraphModule = SIN, *, manager: Any = "manager", **options: Any) -> str | None:
     return store.graph_key(gm, [x], manager, options)
 
 
 def test_reports_are_stored_under_all_that_shapes_a_graph() -> None:
     x = torch.randn(4, 8)
-    held = graph_of("add", held=torch.zeros(8))
-    sin, shapes = graph_of("sin"), [torch.randn(8, 4).t(), torch.randn(5, 8)]
-    others = [torch.zeros(4, 8), torch.zeros(8, dtype=torch.int64)]
-    keys = [
-        report_key(sin, x), report_key(graph_of("cos"), x), report_key(sin, x, manager="other"),
-        *(report_key(sin, each) for each in (x.double(), *shapes)), report_key(held, x),
-        *(report_key(graph_of("add", held=each), x) for each in others),
-    ]  # fmt: skip
-    contexts = [
+    keys = [report_key(each) for each in (x, x.double(), torch.randn(8, 4).t(), torch.randn(5, 8))]
+    held = torch.zeros(8), torch.zeros(4, 8), torch.zeros(8, dtype=torch.int64)
+    keys += [report_key(x, gm) for gm in (COS, *map(holding, held))]
+    keys += [report_key(x, manager="other"), report_key(x, max_autotune=True)]
+    for context in (
         torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16),
         torch._inductor.config.patch(pattern_matcher=False),
         *(torch._inductor.config.patch(joint_custom_pre_pass=Named(name)) for name in "12"),
-    ]  # fmt: skip
-    for context in contexts:
+    ):  # fmt: skip
         with context:
-            keys.append(report_key(graph_of("sin"), x))
+            keys.append(report_key(x))
     assert len(set(keys)) == len(keys)
-    assert report_key(graph_of("sin"), torch.randn(4, 8)) == keys[0]
-    assert report_key(graph_of("add", held=torch.ones(8)), x) == keys[6]
-    assert report_key(graph_of("sin"), x, max_autotune=True) not in keys
+    assert report_key(torch.randn(4, 8)) == keys[0]
+    assert report_key(x, holding(torch.ones(8))) == report_key(x, holding(held[0]))
 
 
 class Named(CustomGraphPass):
@@ -299,8 +270,8 @@ class Named(CustomGraphPass):
 @pytest.mark.parametrize("hook", store.EARLIER_PASSES)
 def test_no_report_is_stored_where_a_pass_without_a_uuid_shapes_the_graph(hook: str) -> None:
     x = torch.randn(4, 8)
-    assert report_key(graph_of("sin"), x, manager=None) is None
-    assert report_key(graph_of("sin"), x, **{hook: lambda graph: None}) is None
-    assert report_key(graph_of("sin"), x, **{hook: Named("1")}) not in (None, report_key(graph_of("sin"), x))
+    assert report_key(x, manager=None) is None
+    assert report_key(x, SIN, **{hook: lambda graph: None}) is None
+    assert report_key(x, SIN, **{hook: Named("1")}) not in (None, report_key(x))
     with torch._inductor.config.patch({hook: lambda graph: None}):
-        assert report_key(graph_of("sin"), x) is None
+        assert report_key(x) is None

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,28 +32,23 @@ def result(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
 
 
-def assert_sound(cache: Path) -> None:
-    """Whatever reports there are can be read."""
+def assert_sound(cache: Path, process: subprocess.Popen[str] | None = None) -> None:
+    """Whatever reports there are can be read, and a process, by itself a new one, fuses and computes what it should."""
     for path in (cache / "fuseplan" / "reports").glob("*"):
         if path.suffix == ".json":
             from_json(Report, json.loads(path.read_text()))
         else:
             assert path.name.startswith("."), path
+    (found,) = result(process or start(cache))
+    assert (found["difference"], found["fused"]) == (COLD["difference"], 1)
 
 
-def halve(content: bytes) -> bytes:
-    return content[: len(content) // 2]
-
-
-@pytest.mark.parametrize(
-    "spoil", [halve, lambda content: b"", lambda content: content[::-1]], ids=["half", "empty", "reversed"]
-)
 @pytest.mark.parametrize("part", ["fuseplan", "fxgraph", "aotautograd"])
-def test_entries_of_caches_that_are_broken(part: str, spoil: Callable[[bytes], bytes], tmp_path: Path) -> None:
+def test_entries_of_caches_that_are_broken(part: str, tmp_path: Path) -> None:
     assert result(start(tmp_path)) == [COLD]
     spoiled = [path for path in tmp_path.glob(f"{part}/**/*") if path.is_file()]
     for path in spoiled:
-        path.write_bytes(spoil(path.read_bytes()))
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     (found,) = result(start(tmp_path))
     assert found["difference"] == COLD["difference"]
     assert found["fused"] in (0, 1)
@@ -62,7 +56,7 @@ def test_entries_of_caches_that_are_broken(part: str, spoil: Callable[[bytes], b
 
 
 def test_a_warm_cache_and_a_spawned_child(tmp_path: Path) -> None:
-    assert result(start(tmp_path, "64", "spawn")) == [COLD, WARM]
+    assert result(start(tmp_path, "spawn")) == [COLD, WARM]
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
@@ -77,13 +71,8 @@ def test_a_process_that_is_stopped_while_it_compiles(kind: signal.Signals, delay
     if kind is signal.SIGINT and process.returncode != 0:
         assert "KeyboardInterrupt" in error
     assert_sound(tmp_path)
-    (found,) = result(start(tmp_path))
-    assert (found["difference"], found["fused"]) == (COLD["difference"], 1)
 
 
 def test_several_processes_at_once(tmp_path: Path) -> None:
-    processes = [start(tmp_path, "64") for _ in range(4)]
-    for process in processes:
-        (found,) = result(process)
-        assert (found["difference"], found["fused"]) == (COLD["difference"], 1)
-    assert_sound(tmp_path)
+    for process in [start(tmp_path) for _ in range(4)]:
+        assert_sound(tmp_path, process)

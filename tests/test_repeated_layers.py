@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch._higher_order_ops import while_loop
 from torch.nn import functional as F
 
 import fuseplan
@@ -14,10 +15,12 @@ from fuseplan.compilation.analysis import Regions
 from fuseplan.config import CompileRange
 from fuseplan.explanation.capture import capture
 from fuseplan.explanation.explanation import Explanation
+from fuseplan.graph.regions import INVOKE
 from fuseplan.providers import BUILT_IN_PROVIDERS, device_profile
 from fuseplan.record import Fusion, GraphReport, Reason, Report
 from fuseplan.report.lock import placed_in
 from tests.graph.test_regions import graph_that_calls, leaf
+from tests.helpers import randn
 
 CONFIG = fuseplan.PassConfig(policy="ordered(act_padding)")
 N_LAYERS = 3
@@ -47,8 +50,6 @@ class Nested(Layer):
 
 class Looped(Layer):
     def forward(self, x: Tensor) -> Tensor:
-        from torch._higher_order_ops import while_loop
-
         def body(step: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
             return step + 1, Layer.forward(self, x)
 
@@ -57,15 +58,10 @@ class Looped(Layer):
 
 
 def model_of(kind: type[Layer], n_layers: int = N_LAYERS) -> nn.Module:
-    torch.manual_seed(0)
     return nn.Sequential(*(kind() for _ in range(n_layers))).bfloat16().eval().requires_grad_(False)
 
 
-X = torch.randn(16, 64, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
-
-
-def explained(kind: type[Layer], **config: Any) -> Report:
-    return fuseplan.explain(model_of(kind), X, device="h200", config=fuseplan.PassConfig(**config))
+X = randn(16, 64)
 
 
 def facts(report: Report) -> list[Any]:
@@ -76,17 +72,13 @@ def facts(report: Report) -> list[Any]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"policy": "ordered(act_padding)"},
-        {"policy": "planned"},
-        {"compile_ranges": (CompileRange(start=1, end=16), CompileRange(start=17, end=64))},
-    ],
-)
-def test_regions_count_as_layers_do(config: dict[str, Any]) -> None:
-    nested = explained(Nested, **config)
-    assert facts(nested) == facts(explained(Layer, **config))
+SPANS = CompileRange(start=1, end=16), CompileRange(start=17, end=64)
+
+
+@pytest.mark.parametrize("config", [CONFIG, fuseplan.PassConfig(compile_ranges=SPANS)], ids=["ordered", "ranges"])
+def test_regions_count_as_layers_do(config: fuseplan.PassConfig) -> None:
+    flat, nested = (fuseplan.explain(model_of(each), X, device="h200", config=config) for each in (Layer, Nested))
+    assert facts(nested) == facts(flat)
     assert nested.fused["act_padding"] == N_LAYERS * len(nested.per_range)
 
 
@@ -94,7 +86,6 @@ def test_compiled_regions_count_as_layers_do() -> None:
     found = []
     for kind in (Layer, Nested):
         reports, model = list[Report](), model_of(kind)
-        torch._dynamo.reset()
         with torch.inference_mode():
             compiled = fuseplan.compile(model, config=CONFIG, on_report=reports.append)
             torch.testing.assert_close(compiled(X), model(X), rtol=2**-6, atol=2**-6)
@@ -136,28 +127,15 @@ def test_what_data_repeats_is_counted_once_and_said_to_be() -> None:
     assert not report.near_misses
 
 
-def fused(name: str, source: str) -> GraphReport:
-    fusion = Fusion(
-        rule="r", op="o", provider="torch", anchor="a", consumed=("a",), contested_op="c", site="a", source=source
-    )
-    return GraphReport(graph=name, applied=(fusion,), saved_ns=5)
-
-
 def test_regions_of_regions_multiply() -> None:
-    inner = leaf()
-    middle = graph_that_calls(*(_call(inner, f"layers.0.{name}") for name in ("norm1", "norm2")))
-    outer = graph_that_calls(*(_call(middle, f"layers.{number}") for number in range(2)))
-    regions = Regions()
-    found = [
-        *regions.with_calls(inner.graph, fused("graph_0", "layers.0.norm1")),
-        *regions.with_calls(middle.graph, fused("graph_1", "layers.0.mlp")),
-        *regions.with_calls(outer.graph, fused("graph_2", "head")),
-    ]
+    inner, regions, found = leaf(), Regions(), list[GraphReport]()
+    middle = graph_that_calls(*((INVOKE, inner, f"layers.0.{name}") for name in ("norm1", "norm2")))
+    outer = graph_that_calls(*((INVOKE, middle, f"layers.{number}") for number in range(2)))
+    one = Fusion(rule="r", op="o", provider="torch", anchor="a", consumed=("a",), contested_op="c", site="a")
+    for name, gm, source in (("0", inner, "layers.0.norm1"), ("1", middle, "layers.0.mlp"), ("2", outer, "head")):
+        report = GraphReport(graph=f"graph_{name}", applied=(replace(one, source=source),), saved_ns=5)
+        found += regions.with_calls(gm.graph, report)
     assert len({each.graph for each in found}) == len(found)
     assert sorted(str(each.applied[0].source) for each in found) == [
         "head", "layers.0.mlp", "layers.0.norm1", "layers.0.norm2", "layers.1.mlp", "layers.1.norm1", "layers.1.norm2"
     ]  # fmt: skip
-
-
-def _call(module: fx.GraphModule, path: str) -> tuple[object, fx.GraphModule, str]:
-    return torch.ops.higher_order.invoke_subgraph, module, path

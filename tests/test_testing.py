@@ -1,7 +1,7 @@
 """`check_rule`: what it lets pass, what it finds, and what it says to do."""
 
+import itertools
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,59 +31,26 @@ from tests.verification.fused_norm import (
     wrong_above_4096,
 )
 
-NOT_FOR_HERE = (hangs, wrong_above_4096)
-
-
 # Attention isn't made of rows, which are varied here: tests of its own hold it.
 CHECKED = [rule for rule in BUILT_IN_RULES if rule not in (*ATTENTION_RULES, *CACHED_ATTENTION_RULES)]
-
+BY_DAY = [rule for rule in CHECKED if not re.search("fused_add|all_reduce.*quant", rule.op.name)]
+"""Each part of a composed rule, on one sample, of which all is varied: `test_pattern_and_replacement_compute_the_same`
+has all rules on all samples.
+"""
 
 VARIATIONS = 12
 """Of the first sample: five numbers of rows, three dtypes, four layouts."""
 
-COMPOSED = re.compile(r"(all_reduce_)?(fused_add_)?(rms_norm|silu_and_mul)(?:_(\w+?))?(_and_norm|_and_activation)?")
 
-
-def kinds_of(rule: Rule) -> set[object]:
-    """What a rule is composed of: each part, and each epilogue with its core and with what is returned beside it."""
-    composed, flags = COMPOSED.fullmatch(rule.op.name), (rule.name, other_layout(rule))
-    if composed is None:
-        return {rule.op.name, flags}
-    reduced, added, core, epilogue, beside = composed.groups()
-    return {flags, reduced, added, (core, epilogue), (epilogue, beside is not None)}
-
-
-def other_layout(rule: Rule) -> bool:
-    """Whether it works on another layout than the samples of its op."""
-    return bool(getattr(rule, "transposes", False))
-
-
-def by_day() -> set[int]:
-    """The first rules of each kind; `make nightly` has all of them."""
-    seen, chosen = set[object](), set[int]()
-    for rule in sorted(CHECKED, key=lambda rule: len(rule.op.name)):
-        if not kinds_of(rule) <= seen:
-            chosen.add(id(rule))
-            seen |= kinds_of(rule)
-    return chosen
-
-
-BY_DAY = by_day()
-
-
-def checked_rules() -> Iterator[Any]:
-    """(rule, how many samples): by day one, of which all is varied; `test_pattern_and_replacement_compute_the_same` has
-    all rules on all samples.
-    """
-    for rule in CHECKED:
-        if id(rule) in BY_DAY:
-            yield pytest.param(rule, 1, id=f"{rule_id(rule)}-one sample")
-        yield pytest.param(rule, len(rule.op.samples), id=rule_id(rule), marks=pytest.mark.nightly)
-
-
-@pytest.mark.parametrize(("rule", "count"), [*checked_rules()])
+@pytest.mark.parametrize(
+    ("rule", "count"),
+    [
+        *(pytest.param(rule, 1, id=f"{rule_id(rule)}-one sample") for rule in BY_DAY),
+        *(pytest.param(each, len(each.op.samples), id=rule_id(each), marks=pytest.mark.nightly) for each in CHECKED),
+    ],
+)
 def test_built_in_rules_hold(rule: Rule, count: int, one_rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    is_whole = count == len(rule.op.samples) and not other_layout(rule)
+    is_whole = count == len(rule.op.samples) and not getattr(rule, "transposes", False)
     if count == 1:  # references are run again at night: no race is to be found in torch's ops on one thread
         monkeypatch.setattr(testing, "repeated", lambda *_, **__: True)
     checked = check_rule(rule, samples=None if is_whole else arguments_of(rule, torch.device("cpu"))[:count])
@@ -105,22 +72,33 @@ def test_a_right_kernel_holds() -> None:
     assert check_rule(AddNormRelu(), providers=[mine], samples=[SMALL]).cases == {mine.name: 13}
 
 
-@pytest.mark.parametrize("kernel", [each for each in FAULTS if each not in NOT_FOR_HERE], ids=lambda k: str(k.__name__))
-def test_a_wrong_kernel_fails_with_advice(kernel: Kernel) -> None:
-    with pytest.raises(VerificationError, match=r"add_norm_relu \(add_norm_relu\): \d+ checks? failed\n") as failure:
+def picky(x: Tensor, *rest: Any) -> Any:
+    if x.shape[0] == 257:
+        raise ValueError("257 rows are too many")
+    return right(x, *rest)
+
+
+CALLS = itertools.count()
+
+
+def racing(x: Tensor, *rest: Any) -> Any:
+    y, total = reference(x, *rest)
+    y.view(torch.int16)[0, 0] ^= next(CALLS) % 2
+    return y, total
+
+
+@pytest.mark.parametrize(
+    ("kernel", "says"),
+    [
+        *((each, r"\d+ checks? failed\n") for each in FAULTS if each not in (hangs, wrong_above_4096)),
+        (picky, r"1 check failed\n.*ValueError: 257 rows are too many\. .*What to do: fix the error, or refuse these"),
+        (racing, r"\d+ checks failed\n.*determinism, .*: equal arguments give different bits"),
+    ],
+)
+def test_a_wrong_kernel_fails_with_advice(kernel: Kernel, says: str) -> None:
+    with pytest.raises(VerificationError, match=rf"add_norm_relu \(add_norm_relu\): {says}") as failure:
         check_rule(AddNormRelu(), providers=[provider(kernel)], samples=[SMALL])
     assert all("What to do: " in line for line in str(failure.value).splitlines()[1:])
-
-
-def test_what_a_kernel_raises_has_advice_of_its_own() -> None:
-    def picky(x: Tensor, *rest: Any) -> Any:
-        if x.shape[0] == 257:
-            raise ValueError("257 rows are too many")
-        return right(x, *rest)
-
-    with pytest.raises(VerificationError, match=r": 1 check failed\n.*ValueError: 257 rows are too many\. ") as failure:
-        check_rule(AddNormRelu(), providers=[provider(picky)], samples=[SMALL])
-    assert "What to do: fix the error, or refuse these arguments" in str(failure.value)
 
 
 def test_what_a_provider_refuses_is_left_out_and_told() -> None:
@@ -141,25 +119,14 @@ def test_what_a_provider_refuses_is_left_out_and_told() -> None:
     assert any("takes contiguous activations" in line for line in checked.refused)
 
 
-def test_a_kernel_that_takes_nothing_is_no_success() -> None:
+def test_what_runs_nothing_is_no_success() -> None:
     def nothing(m: Bindings) -> Refusal | None:
         return Refusal(reason=Reason.SIZE, detail="takes nothing")
 
     with pytest.raises(VerificationError, match=r"nothing could be run: .*takes nothing"):
         check_rule(AddNormRelu(), providers=[provider(right, accepts=nothing)], samples=[SMALL])
-
-
-def test_a_race_shows() -> None:
-    calls: list[None] = []
-
-    def racing(x: Tensor, *rest: Any) -> Any:
-        calls.append(None)
-        y, total = reference(x, *rest)
-        y.view(torch.int16)[0, 0] ^= len(calls) % 2
-        return y, total
-
-    with pytest.raises(VerificationError, match=r"determinism, .*: equal arguments give different bits"):
-        check_rule(AddNormRelu(), providers=[provider(racing)], samples=[SMALL])
+    with pytest.raises(FuseplanError, match="no provider that is available here implements add_norm_relu; given: none"):
+        check_rule(AddNormRelu(), providers=[])
 
 
 class Dropping(AddNormRelu):
@@ -177,30 +144,26 @@ def test_case_7_sides_that_disagree_fail() -> None:
         check_rule(Dropping(), providers=[provider(right)])
 
 
-def specialised(x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: str) -> tuple[Tensor, Tensor]:
+def settles_a_size(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(int(x.shape[0]), *x.shape[1:]), torch.empty_like(x)
 
 
+specialised = define(
+    "add_norm_relu_specialised", add_norm_relu.schema, reference=reference, fake=settles_a_size,
+    samples=ops.fused_add_rms_norm.samples, draws=ops.fused_add_rms_norm.draws, fused=True,
+)  # fmt: skip
+
+
+class Specialised(AddNormRelu):
+    """One whose fake implementation has one size."""
+
+    name, op = "specialised", specialised
+
+    def replacement(self, x: Any, residual: Any, weight: Any, eps: Any, rounding: Any) -> Any:
+        fused = specialised(x, residual, weight, eps, rounding)
+        return fused[0], fused[1]
+
+
 def test_a_fake_that_settles_a_size_fails() -> None:
-    op = define(
-        "add_norm_relu_specialised", add_norm_relu.schema, reference=reference, fake=specialised,
-        samples=ops.fused_add_rms_norm.samples, draws=ops.fused_add_rms_norm.draws, fused=True,
-    )  # fmt: skip
-
-    class Specialised(AddNormRelu):
-        """One whose fake implementation has one size."""
-
-        name = "specialised"
-
-        def replacement(self, x: Any, residual: Any, weight: Any, eps: Any, rounding: Any) -> Any:
-            fused = op(x, residual, weight, eps, rounding)
-            return fused[0], fused[1]
-
-    Specialised.op = op
     with pytest.raises(VerificationError, match=r"symbolic sizes, .*no int\(\)"):
-        check_rule(Specialised(), providers=[provider_of("specialised", {op: reference})], samples=[SMALL])
-
-
-def test_who_has_no_kernel_is_told_so() -> None:
-    with pytest.raises(FuseplanError, match="no provider that is available here implements add_norm_relu; given: none"):
-        check_rule(AddNormRelu(), providers=[])
+        check_rule(Specialised(), providers=[provider_of("specialised", {specialised: reference})], samples=[SMALL])

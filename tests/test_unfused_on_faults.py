@@ -2,9 +2,11 @@
 line says why.
 """
 
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,16 +15,15 @@ from torch import Tensor, fx
 import fuseplan
 from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import PassConfig
-from fuseplan.errors import FuseplanError, PlanError
+from fuseplan.errors import PlanError
 from fuseplan.graph.surgery import copy_graph
-from fuseplan.providers import provider_of
-from fuseplan.record import GraphReport, Reason, Refusal, Report
+from fuseplan.record import Reason, Refusal, Report
+from fuseplan.rewriting import apply
 from fuseplan.rules import Bindings
 from fuseplan.rules.families import BUILT_IN_RULES
 from tests.helpers import HIDDEN, llama, post_grad, randn
-from tests.verification.fused_norm import AddNormRelu, add_norm_relu, provider, reference, right
-
-WEIGHT = torch.ones(HIDDEN).bfloat16()
+from tests.verification.fused_norm import WEIGHT, AddNormRelu, provider, reference, right
+from tests.verification.fused_norm import model as normed
 
 
 def model(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
@@ -40,24 +41,19 @@ def traced() -> fx.Graph:
     return post_grad(model, *inputs())
 
 
-def fuse(traced: fx.Graph, **options: Any) -> tuple[fx.Graph, GraphReport]:
-    graph = copy_graph(traced)[0]
-    reports: list[Report] = []
-    config = options.pop("config", PassConfig())
-    manager = PostGradPassManager(config, on_report=reports.append, **options)
-    manager(graph)
-    return graph, reports[0].graphs[0]
-
-
-def assert_left_alone(graph: fx.Graph, traced: fx.Graph, report: GraphReport, error: str) -> None:
+def assert_left_alone(traced: fx.Graph, error: str, **options: Any) -> None:
+    """That a graph is as it was after a pass with an error, which its report names."""
+    graph, reports = copy_graph(traced)[0], list[Report]()
+    PostGradPassManager(PassConfig(), on_report=reports.append, **options)(graph)
     assert str(graph).replace(" ", "") == str(traced).replace(" ", "")
     graph.lint()
     for node, original in zip(graph.nodes, traced.nodes, strict=True):
         assert node.meta == original.meta
+    (report,) = reports[0].graphs
     assert not report.rewritten
     (refusal,) = report.refusals
     assert refusal.reason is Reason.FAULT
-    assert error in refusal.detail
+    assert re.search(error, refusal.detail)
     assert "\n" not in refusal.detail
 
 
@@ -85,66 +81,58 @@ def careless_in_torch(graph: fx.Graph) -> None:
     ("make", "says"),
     [
         (lambda: {"rules": [*BUILT_IN_RULES, Checked()], "providers": [provider(right)]},
-         "since check (test_unfused_on_faults.py:|raises KeyError: 'head_dim'"),
+         r"since check \(test_unfused_on_faults.py:.*raises KeyError: 'head_dim'"),
         (lambda: {"rules": [AddNormRelu()], "providers": [provider(right, accepts=accepts)]},
          "AttributeError: no such attribute"),
-        (lambda: {"passes": [careless]}, "since careless (test_unfused_on_faults.py:"),
-        (lambda: {"passes": [careless_in_torch]}, "since careless_in_torch (test_unfused_on_faults.py:"),
+        (lambda: {"passes": [careless]}, r"since careless \(test_unfused_on_faults.py:"),
+        (lambda: {"passes": [careless_in_torch]}, r"since careless_in_torch \(test_unfused_on_faults.py:"),
     ],
     ids=["a rule's check", "a provider's gate", "somebody's pass", "torch in somebody's pass"],
 )  # fmt: skip
 def test_what_others_brought_raises(traced: fx.Graph, make: Callable[[], dict[str, Any]], says: str) -> None:
-    graph, report = fuse(traced, **make())
-    for part in says.split("|"):
-        assert_left_alone(graph, traced, report, part)
+    assert_left_alone(traced, says, **make())
 
 
 @pytest.mark.parametrize(
-    "stage", ["canonicalize", "find_matches", "find_near_misses", "pose", "decide_planned", "apply"]
-)
+    "stage",
+    ["manager.canonicalize", "manager.find_matches", "manager.find_near_misses", "manager.pose",
+     "manager.decide_planned", "chosen.apply"],
+)  # fmt: skip
 def test_a_stage_that_raises(traced: fx.Graph, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def raises(*arguments: Any, **named: Any) -> Any:
         raise RuntimeError(f"a bug in {stage}")
 
-    module = "chosen" if stage == "apply" else "manager"
-    monkeypatch.setattr(f"fuseplan.compilation.{module}.{stage}", raises)
-    graph, report = fuse(traced, rules=[AddNormRelu()], providers=[provider(right)])
-    assert_left_alone(graph, traced, report, f"a bug in {stage}")
+    monkeypatch.setattr(f"fuseplan.compilation.{stage}", raises)
+    assert_left_alone(traced, f"a bug in {stage}", rules=[AddNormRelu()], providers=[provider(right)])
 
 
-@pytest.mark.parametrize("settled", [0, 1])
-def test_a_rewriting_that_breaks_off_half_way(traced: fx.Graph, settled: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fuseplan.rewriting import apply
-
-    original: Callable[..., None] = apply.__globals__["_Rewriter"]._settle
-    calls: list[None] = []
+def test_a_rewriting_that_breaks_off_half_way(traced: fx.Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewriter = apply.__globals__["_Rewriter"]
+    settle, calls = rewriter._settle, list[None]()
 
     def breaks(self: Any, *arguments: Any) -> None:
         calls.append(None)
-        if len(calls) > settled:
+        if len(calls) > 1:
             raise RuntimeError("half way")
-        original(self, *arguments)
+        settle(self, *arguments)
 
-    monkeypatch.setattr(apply.__globals__["_Rewriter"], "_settle", breaks)
-    graph, report = fuse(traced, rules=[AddNormRelu()], providers=[provider(right)])
-    assert_left_alone(graph, traced, report, "half way")
+    monkeypatch.setattr(rewriter, "_settle", breaks)
+    assert_left_alone(traced, "half way", rules=[AddNormRelu()], providers=[provider(right)])
 
 
 def test_what_the_user_asked_for_and_cannot_have_is_an_error(traced: fx.Graph) -> None:
+    config = PassConfig(force=("act_padding",), forbid=("act_padding:torch",))
     with pytest.raises(PlanError):
-        fuse(traced, config=PassConfig(force=("act_padding",), forbid=("act_padding:torch",)))
+        PostGradPassManager(config)(copy_graph(traced)[0])
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit, GeneratorExit])
 def test_an_interrupt_is_no_fault(
     traced: fx.Graph, interrupt: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def raises(*arguments: Any, **named: Any) -> Any:
-        raise interrupt
-
-    monkeypatch.setattr("fuseplan.compilation.manager.find_matches", raises)
+    monkeypatch.setattr("fuseplan.compilation.manager.find_matches", mock.Mock(side_effect=interrupt))
     with pytest.raises(interrupt):
-        fuse(traced)
+        PostGradPassManager(PassConfig())(copy_graph(traced)[0])
 
 
 def test_the_model_runs_and_one_line_says_why() -> None:
@@ -154,15 +142,11 @@ def test_the_model_runs_and_one_line_says_why() -> None:
         actual = compiled(*inputs())
     assert len(caught) == 1
     torch.testing.assert_close(actual, model(*inputs()), rtol=2**-6, atol=1.0)
-    assert not issubclass(KeyError, FuseplanError)
 
 
 def test_after_the_first_run_an_error_is_an_error() -> None:
     """A kernel that fails when the model runs raises: nothing is computed another way behind the user's back."""
-    broken: list[bool] = []
-
-    def normed(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
-        return llama(x, residual, weight)[0].relu()
+    broken, reports = list[bool](), list[Report]()
 
     def breaks_later(*arguments: Any) -> Any:
         if broken:
@@ -170,12 +154,8 @@ def test_after_the_first_run_an_error_is_an_error() -> None:
         return reference(*arguments)
 
     torch._dynamo.reset()
-    mine = provider_of("breaks_later", {add_norm_relu: breaks_later}, cost=0.0)
-    reports: list[Report] = []
-    compiled = fuseplan.compile(
-        normed,
-        rules=[AddNormRelu()], providers=[mine], on_report=reports.append,
-    )  # fmt: skip
+    mine = provider(breaks_later)
+    compiled = fuseplan.compile(normed, rules=[AddNormRelu()], providers=[mine], on_report=reports.append)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("error")
         compiled(*inputs())
