@@ -120,6 +120,9 @@ class Slotted:
     def __call__(self, graph: fx.Graph) -> None:
         """Nothing."""
 
+    def rescale(self, graph: fx.Graph) -> None:
+        """Nothing."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
@@ -230,7 +233,7 @@ WITH: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         lambda: functools.partial(versioned(lambda graph, scale: None, "1"), scale=1),
         lambda: functools.partial(versioned(lambda graph, scale: None, "1"), scale=2),
     ),
-    "methods": (lambda: said("1").__call__, lambda: said("1").__init__),
+    "methods": (lambda: said("1").__call__, lambda: said("1").rescale),
     "checks": (
         lambda: Offer(accepts=versioned(lambda m: None, "1")),
         lambda: Offer(accepts=versioned(lambda m: None, "2")),

@@ -247,8 +247,7 @@ def test_cycles_through_somebodys_match_are_found() -> None:
         wide = ops.pad(ops.rms_norm(before, w, 1e-5, "llama"), 28)
         return aten.relu.default(wide), other
 
-    canonical, given = with_somebody(model)
-    matches = [candidate.match for candidate in given.candidates]
+    canonical, matches = matched(model, providers=TORCH)
     before, other, after = [node for node in canonical.original.nodes if node.target is aten.relu.default]
     for nodes, cycles in (((before, after), [(0, 1)]), ((before, other), [])):
         given = pose(canonical, matches, [somebodys(*nodes)], Prices(model=MODEL), (10, 10))

@@ -11,12 +11,17 @@ from torch import Tensor
 import fuseplan
 from fuseplan.dialect import define, ops
 from fuseplan.errors import ConfigError
+from fuseplan.matching import Match
+from fuseplan.planner.declared import generated
 from fuseplan.providers import KernelCost, provider_of
 from fuseplan.record import Nearness, Reason, Report
 from fuseplan.report import report_to_json
 from fuseplan.rules import Rule
+from fuseplan.rules.parts.base import OPAQUE
+from fuseplan.rules.parts.traffic import Kernel
 from tests.helpers import randn
 from tests.interpreted import no_code
+from tests.planner.posing import MODEL, TORCH, problem_of
 
 aten = torch.ops.aten
 WIDTH, FP8 = 64, torch.float8_e4m3fn
@@ -132,6 +137,22 @@ def test_a_function_of_the_arguments_sees_their_sizes_at_each_size() -> None:
     assert [shape for shape, *_ in seen] == [(4, WIDTH), (16, WIDTH), (64, WIDTH)]
     assert {tuple(rest) for _, *rest in seen} == {(torch.bfloat16, seen[0][2], "gpt_oss", True)}
     assert seen[0][2] == pytest.approx(1e-5)
+
+
+def test_of_the_ops_an_engines_own_is_a_kernel_by_itself() -> None:
+    def quantised(x: Any, r: Any, w: Any) -> Any:
+        normed = ops.rms_norm(x, w, 1e-5, "llama")
+        codes, scales = ops.dynamic_per_token_scaled_fp8_quant(normed, FP8, 1e-6, 0.0, 0.0, None, "divide")
+        return codes, scales
+
+    (candidate,) = problem_of(quantised, providers=TORCH).candidates
+    match = candidate.match
+    assert isinstance(match, Match)
+    norm = Kernel(name="rms_norm", launch=1100, memory=32)  # reads 2200 bytes, writes 1040
+    assert generated(match, MODEL, lambda value: value) == (norm,)
+    match.consumed[1].meta[OPAQUE] = True
+    own = Kernel(name="dynamic_fp8_quant", launch=1000, memory=30)  # reads 2000 bytes, writes 1040
+    assert generated(match, MODEL, lambda value: value) == (own, norm)
 
 
 def test_what_it_replaces_has_to_be_known_too() -> None:

@@ -2,11 +2,14 @@
 
 from typing import Any
 
+import pytest
+
 from fuseplan.dialect import ops
 from fuseplan.planner.alternatives import UNFUSED
 from fuseplan.planner.evidence import cost_rows
 from fuseplan.planner.pose import Problem
 from fuseplan.planner.prices import Prices
+from fuseplan.providers import provider_of
 from fuseplan.record import CostRow
 from tests.planner.posing import MODEL, TORCH, measured, problem_of
 
@@ -30,6 +33,17 @@ def test_modelled_rows_show_every_alternative_at_every_size() -> None:
     for row in rows.values():
         assert (row.site, row.places, row.provenance, row.spread_ns) == (given.sites[0], 1, "modelled", 0)
         assert row.origin == ()
+
+
+@pytest.mark.parametrize(("cost", "provenance", "time_ns"), [(2.0, "declared", 2000), (None, "assumed", 1088)])
+def test_what_the_model_does_not_know_has_a_row_without_kernels(
+    cost: float | None, provenance: str, time_ns: int
+) -> None:
+    op = ops.fused_add_rms_norm_pad
+    mine = provider_of(f"evident_{provenance}", {op: op.reference}, cost=cost)
+    unfused, row = cost_rows([problem_of(providers=[mine])])
+    assert (unfused.alternative, unfused.provenance) == (UNFUSED, "modelled")
+    assert (row.provenance, row.time_ns, row.spread_ns, row.kernels) == (provenance, time_ns, 0, ())
 
 
 def test_equal_places_share_their_rows() -> None:

@@ -10,7 +10,7 @@ from fuseplan.errors import PlanError
 from fuseplan.planner import packing as packing_module
 from fuseplan.planner.baselines import greedy, heaviest, largest
 from fuseplan.planner.components import Component, components, isolate
-from fuseplan.planner.packing import Packing, contract
+from fuseplan.planner.packing import Limit, Packing, State, contract
 from fuseplan.planner.program import IntegerProgram, Solution
 from fuseplan.planner.solver import Solver
 
@@ -30,6 +30,34 @@ def test_places_are_left_out_where_they_would_take_too_much_memory(monkeypatch: 
     assert packed(5, 7).scale == 3 << 2
     assert packed(5, 7, 5).scale == 4
     assert packed(5, 7, 5).weights == [19, 27, 19]
+
+
+def test_an_atom_with_several_candidates_of_a_cut_counts_as_many() -> None:
+    packing = packed(5, 7, 9, 1, together=((0, 1),), cuts=((0, 1, 2, 3),))
+    assert packing.members == [(0, 1), (2,), (3,)]
+    assert packing.limits == [Limit({0: 2, 1: 1, 2: 1}, 3)]
+    # Two pairs of two have no room together; the limit says nothing more.
+    pairs = packed(5, 7, 9, 1, together=((0, 1), (2, 3)), cuts=((0, 1, 2, 3),))
+    assert pairs.neighbours == [{1}, {0}]
+    assert pairs.limits == []
+
+
+def test_a_group_that_a_limit_has_no_room_for_changes_nothing() -> None:
+    packing = packed(5, 7, 9, 1, requires=((3, 0), (3, 1)), cuts=((0, 1, 2),))
+    state = State.root(packing)
+    assert state.take(2)
+    assert state.take(0)
+    assert state.alive == set()
+    state = State.root(packing)
+    assert state.take(2)
+    before = (set(state.alive), set(state.chosen), state.weight)
+    assert not state.take(3)
+    assert (state.alive, state.chosen, state.weight) == before
+
+
+def test_measured_alternatives_that_fill_a_cut_are_none() -> None:
+    packing = packed(1, 1, tables=(((0, 1), (((0,), 3), ((1,), 4), ((0, 1), 10))),), cuts=((0, 1),))
+    assert packing.members == [(0,), (1,)]
 
 
 def test_components_hold_their_own_constraints_by_place() -> None:

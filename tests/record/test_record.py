@@ -77,6 +77,7 @@ def test_conflicts_are_one_row_a_class() -> None:
         (("graphs", 0, "range"), [1, True], r"range\[1\]: expected int"),
         (("graphs", 0, "refusals", 0, "reason"), "bored", r"reason: expected one of"),
         (("graphs", 0, "matched"), {"a": "b"}, r"matched\.a: expected int"),
+        (("graphs", 0), 3, r"graphs\[0\]: expected an object"),
         (("graphs", 0, "surprise"), 1, r"surprise: expected one of the fields"),
         (("graphs", 0, "graph"), None, "expected a field 'graph'"),
     ],
