@@ -40,14 +40,9 @@ def change(monkeypatch: pytest.MonkeyPatch, api: PrivateApi) -> None:
         put(monkeypatch, api.module, first, changed)
         return
     owner = getattr(importlib.import_module(api.module), first)
-    (name,) = further
-    is_class = isinstance(owner, type)
-    put(
-        monkeypatch,
-        api.module,
-        first,
-        type(first, (owner,), {name: changed}) if is_class else Altered(owner, {name: changed}),
-    )
+    given = {further[0]: changed}
+    altered = type(first, (owner,), given) if isinstance(owner, type) else Altered(owner, given)
+    put(monkeypatch, api.module, first, altered)
 
 
 def put(monkeypatch: pytest.MonkeyPatch, module: str, name: str, value: Any) -> None:

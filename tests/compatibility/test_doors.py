@@ -148,10 +148,8 @@ def test_the_range_of_versions_is_the_same_everywhere() -> None:
     root = Path(__file__).parents[2]
     text = "\n".join((root / name).read_text(encoding="utf-8") for name in ("Makefile", "pyproject.toml"))
     found = re.findall(r'^NEWEST_TORCH \?= torch==(\d+)\.(\d+)\.|^    "torch>=(\d+)\.(\d+)', text, re.MULTILINE)
-    versions = [tuple(int(part) for part in match if part) for match in found]
-    newest, oldest = versions
-    assert oldest == compatibility.OLDEST_TORCH
-    assert oldest < newest <= compatibility.NEWEST_TORCH
+    newest, oldest = (tuple(int(part) for part in match if part) for match in found)
+    assert compatibility.OLDEST_TORCH == oldest < newest <= compatibility.NEWEST_TORCH
 
 
 def test_what_only_workloads_need_stops_the_command_line_alone(moved_later: Any) -> None:
@@ -165,19 +163,11 @@ def test_what_only_workloads_need_stops_the_command_line_alone(moved_later: Any)
     assert f"{FOR_WORKLOADS.dotted} is gone" in result.stderr
 
 
-@pytest.mark.parametrize(
-    "arguments", [["explain", "gpt-oss-120b-tiny"], ["check", "gpt-oss-20b", "--lock", "y"], ["devices"]]
-)
-def test_the_command_line_says_it_in_one_line(arguments: list[str], moved_later: Any) -> None:
+def test_the_command_line_and_the_pytest_plugin_say_it_in_one_line(moved_later: Any) -> None:
     moved_later()
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    assert result.stderr == f"fuseplan: {LINE}\n"
-
-
-def test_the_pytest_plugin_says_it_in_one_line(moved_later: Any) -> None:
-    moved_later()
+    for arguments in (["explain", "gpt-oss-120b-tiny"], ["check", "gpt-oss-20b", "--lock", "y"], ["devices"]):
+        result = CliRunner().invoke(app, arguments)
+        assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"fuseplan: {LINE}\n")
     with pytest.raises(CompatibilityError, match="is gone"):
         assert_fusions(model, (torch.ones(2),), {"act_padding": 0})
 

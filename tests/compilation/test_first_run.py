@@ -34,21 +34,18 @@ def report(*graphs: GraphReport) -> Report:
     return Report(policy="planned", order=(), rules=(), graphs=graphs)
 
 
-class Model:
-    """A graph whose ranks come to a verdict, or to none."""
+def agreed(outcomes: list[Verdict | CollectiveError], told: list[Verdict]) -> AgreedGraph:
+    """A graph whose ranks come to a verdict, or to none; they are asked once an outcome."""
 
-    def __init__(self, outcome: Verdict | CollectiveError) -> None:
-        self.outcome, self.settled, self.told = outcome, 0, list[Verdict]()
-        self.graph = AgreedGraph(
-            lambda x: ("fused", x), lambda: lambda x: ("unfused", x), lambda why: lambda x: (why, x), self.settle,
-            self.told.append,
-        )  # fmt: skip
+    def settle() -> Verdict:
+        outcome = outcomes.pop()
+        if isinstance(outcome, CollectiveError):
+            raise outcome
+        return outcome
 
-    def settle(self) -> Verdict:
-        self.settled += 1
-        if isinstance(self.outcome, CollectiveError):
-            raise self.outcome
-        return self.outcome
+    return AgreedGraph(
+        lambda x: ("fused", x), lambda: lambda x: ("unfused", x), lambda why: lambda x: (why, x), settle, told.append
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -62,20 +59,20 @@ class Model:
     ],
 )
 def test_all_calls_run_what_the_first_one_settled(verdict: Verdict, runs: str, is_told: bool) -> None:
-    model = Model(verdict)
-    assert [model.graph(1), model.graph(2)] == [(runs, 1), (runs, 2)]
-    assert model.settled == 1
-    assert model.told == [verdict] * is_told
+    told: list[Verdict] = []
+    run = agreed([verdict], told)
+    assert [run(1), run(2)] == [(runs, 1), (runs, 2)]
+    assert told == [verdict] * is_told
 
 
 def test_a_graph_whose_ranks_parted_raises_at_every_call() -> None:
     """The other ranks wait for this one at its first run: it never comes."""
-    model = Model(CollectiveError("a rank is left in a kernel"))
+    told: list[Verdict] = []
+    run = agreed([CollectiveError("a rank is left in a kernel")], told)
     for _ in range(2):
         with pytest.raises(CollectiveError, match="left in a kernel"):
-            model.graph(1)
-    assert model.settled == 1
-    assert not model.told
+            run(1)
+    assert not told
 
 
 def test_groups_and_what_is_pending_are_named_once_each() -> None:
@@ -123,14 +120,13 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Pending, ...]]:
 CONFIG = PassConfig(verify_timeout_s=7, agreement_timeout_s=3)
 
 
-@pytest.mark.parametrize(("pending", "is_fused"), [((PENDING,), True), ((PENDING, OTHER), False)])
-def test_what_is_pending_decides(
-    verified: list[tuple[Pending, ...]], pending: tuple[Pending, ...], is_fused: bool
-) -> None:
+@pytest.mark.usefixtures("verified")
+@pytest.mark.parametrize("pending", [(PENDING,), (PENDING, OTHER)])
+def test_what_is_pending_decides(pending: tuple[Pending, ...]) -> None:
     asked = Asked()
     verdict = verify_pending(pending, (), asked, "name", CONFIG)
-    outcomes = (RIGHT,) if is_fused else (RIGHT, WRONG)
-    assert verdict == Verdict(fused=is_fused, reason=outcomes[-1].detail, verified=outcomes)
+    outcomes = (RIGHT, WRONG)[: len(pending)]
+    assert verdict == Verdict(fused=OTHER not in pending, reason=outcomes[-1].detail, verified=outcomes)
     common = {"work_s": 7, "awaited": "did not come"}
     assert asked.heard == [
         {"graph": "name-0", "digest": "ready", **common}, {"graph": "name-1", "digest": "done", **common},
@@ -149,8 +145,7 @@ def test_ranks_that_agree_verify_what_is_pending(verified: list[tuple[Pending, .
     verdict, asked = settle(report(graph(PENDING, PENDING, groups=("0",))))
     assert (verdict.fused, verdict.verified, verified) == (True, (RIGHT,), [(PENDING,)])
     assert [said["digest"] for said in asked.heard] == ["digest", "ready", "done"]
-    assert {said["deadline_s"] for said in asked.heard} == {3}
-    assert len({said["graph"] for said in asked.heard}) == 3
+    assert ({said["deadline_s"] for said in asked.heard}, len({said["graph"] for said in asked.heard})) == ({3}, 3)
 
 
 WORKSPACES = (("0", "bfloat16", "cpu"),)

@@ -56,6 +56,13 @@ def compiled(block: nn.Module, **arguments: Any) -> tuple[Any, list[fuseplan.Rep
     return fuseplan.compile(block, config=CONFIG, on_report=reports.append, **arguments), reports
 
 
+def ran(block: nn.Module, **arguments: Any) -> list[fuseplan.Report]:
+    """The reports of a model that is run once, and computes what it does by itself."""
+    (model, reports), x = compiled(block, **arguments), torch.randn(4, WIDTH)
+    torch.testing.assert_close(model(x), block(x))
+    return reports
+
+
 def fused(reports: list[fuseplan.Report]) -> list[int]:
     return [report.fused["act_padding"] for report in reports]
 
@@ -82,9 +89,7 @@ def test_models_of_a_class_with_different_epsilons_are_all_fused(kind: type[Bloc
 def test_more_models_than_dynamo_allows_entries_are_all_compiled() -> None:
     with dynamo_config.patch(recompile_limit=2):
         for exponent in range(5):
-            model, reports = compiled(Block(10.0**-exponent))
-            model(torch.randn(4, WIDTH))
-            assert fused(reports) == [1]
+            assert fused(ran(Block(10.0**-exponent))) == [1]
     assert counters["frames"]["ok"] == counters["frames"]["total"] == 5
 
 
@@ -118,52 +123,34 @@ def test_the_fix_that_the_report_names_works() -> None:
         assert fused(changing("eps", ours=True)[1]) == [1] * 6
 
 
-def test_an_epsilon_and_another_float_that_both_differ() -> None:
-    for eps in (1e-6, 1e-2):
-        block, x = Block(eps), torch.randn(4, WIDTH)
-        model, reports = compiled(block)
-        for block.scale in (1.0, 2.0, 3.0):
-            torch.testing.assert_close(model(x), block(x))
-        assert set(fused(reports)) == {1}
-
-
 def test_explain_and_compile_agree_on_the_second_model() -> None:
-    model, _ = compiled(Block(1e-6))
-    model(torch.randn(4, WIDTH))
+    ran(Block(1e-6))
     second = Block(1e-2)
-    model, reports = compiled(second)
-    model(torch.randn(4, WIDTH))
+    (report,) = ran(second)
     explained = fuseplan.explain(second, torch.randn(4, WIDTH), config=CONFIG)
-    assert explained.fused == reports[0].fused == {"act_padding": 1}
+    assert explained.fused == report.fused == {"act_padding": 1}
 
 
 def test_a_warm_cache_of_the_graph_with_a_dynamic_epsilon_does_not_stand_in_the_way() -> None:
     assert fused(changing("eps", ours=True)[1])[-1] == 0
     torch._dynamo.reset()
-    models = [compiled(Block(eps)) for eps in (0.5, 2.5)]
-    for model, reports in models:
-        model(torch.randn(4, WIDTH))
-        assert fused(reports) == [1]
+    for eps in (0.5, 2.5):
+        assert fused(ran(Block(eps))) == [1]
 
 
 def test_who_asked_for_dynamic_floats_keeps_them_and_reads_so() -> None:
-    model, reports = compiled(Block(1e-6), dynamic=True)
-    model(torch.randn(4, WIDTH))
+    reports = ran(Block(1e-6), dynamic=True)
     assert (fused(reports), fixes(reports[0])) == ([0], {DYNAMIC_EPSILON})
 
 
 def test_a_torch_that_can_not_start_again_names_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = PrivateApi("torch._dynamo.symbolic_convert:TensorifyState.gone", ("floats",))
     monkeypatch.setattr(floats, "FLOATS", (*FLOATS, gone))
-    found = []
-    for eps in (1e-6, 1e-2):
-        block, x = Block(eps), torch.randn(4, WIDTH)
-        model, reports = compiled(block)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            torch.testing.assert_close(model(x), block(x))
-        found.append((fused(reports), fixes(reports[0])))
-    assert found == [([1], set()), ([0], {AUTOMATIC_EPSILON})]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first, second = (ran(Block(eps)) for eps in (1e-6, 1e-2))
+    assert (fused(first), fixes(first[0])) == ([1], set())
+    assert (fused(second), fixes(second[0])) == ([0], {AUTOMATIC_EPSILON})
 
 
 def test_options_for_torch_compile_name_the_cause_too() -> None:

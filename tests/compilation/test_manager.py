@@ -23,7 +23,6 @@ from fuseplan.errors import ConfigError
 from fuseplan.planner import prices_of
 from fuseplan.record import Reason, Report, from_json
 from fuseplan.record.report import GraphReport
-from fuseplan.rules.families import BUILT_IN_RULES
 from tests.helpers import HIDDEN, all_reduce, llama, post_grad, randn, vllm
 
 W = torch.linspace(0.5, 1.5, HIDDEN).bfloat16()
@@ -69,25 +68,19 @@ def planned(
 
 def test_what_is_raised_and_not_fused_stays_as_it_was() -> None:
     graph = post_grad(padded, *INPUTS)
-    config = dataclasses.replace(PAD, max_fusions=1)
     before = [node.name for node in graph.nodes if node.op == "call_function"]
-    PostGradPassManager(config)(graph)
+    PostGradPassManager(dataclasses.replace(PAD, max_fusions=1))(graph)
     after = [node.name for node in graph.nodes if node.op == "call_function"]
     second_norm = before[before.index("pow_2") :]
-    assert "rsqrt_1" in second_norm
-    assert "constant_pad_nd_1" in second_norm
+    assert {"rsqrt_1", "constant_pad_nd_1"} <= {*second_norm}
     assert after[-len(second_norm) :] == second_norm
 
 
-def test_off_reports_what_would_match() -> None:
+def test_switched_off_it_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the policy it still says what would match."""
     graph, before, report = planned(fuseplan.PassConfig(policy="off"))
     assert str(graph) == before
-    assert report.matched["act_padding"] == 2
-    assert set(report.fused.values()) == {0}
-    assert not report.graphs[0].rewritten
-
-
-def test_kill_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (report.matched["act_padding"], {*report.fused.values()}, report.graphs[0].rewritten) == (2, {0}, False)
     monkeypatch.setenv("FUSEPLAN", "0")
     graph, before, report = planned(PAD)
     assert str(graph) == before
@@ -97,7 +90,7 @@ def test_kill_switch(monkeypatch: pytest.MonkeyPatch) -> None:
         PostGradPassManager(PAD)
 
 
-@pytest.mark.parametrize("limit", [0, 1, 2, 5])
+@pytest.mark.parametrize("limit", [0, 1, 5])
 def test_max_fusions_applies_the_first_n(limit: int) -> None:
     graph, _, report = planned(dataclasses.replace(PAD, max_fusions=limit))
     assert report.fused == {"act_padding": min(limit, 2)}
@@ -110,8 +103,7 @@ def test_max_fusions_applies_the_first_n(limit: int) -> None:
 class Counting(CustomGraphPass):
     """Somebody else's pass."""
 
-    def __init__(self) -> None:
-        self.calls = 0
+    calls = 0
 
     def __call__(self, graph: fx.Graph) -> None:
         self.calls += 1
@@ -121,33 +113,14 @@ class Counting(CustomGraphPass):
 
 
 def test_passes_in_the_hook_are_chained() -> None:
-    mine, seen = Counting(), list[str]()
-
-    def plain_function(graph: fx.Graph) -> None:
-        seen.append("plain")
-
-    for given in (mine, plain_function, [mine, plain_function]):
+    mine, seen = Counting(), list[fx.Graph]()
+    for given in (mine, seen.append, [mine, seen.append]):
         options = fuseplan.inductor_options(PAD, options={"post_grad_custom_post_pass": given})
         options["post_grad_custom_post_pass"](post_grad(padded, *INPUTS))
-    assert mine.calls == 2
-    assert seen == ["plain", "plain"]
+    assert (mine.calls, len(seen)) == (2, 2)
     with torch._inductor.config.patch(post_grad_custom_post_pass=mine):
         fuseplan.inductor_options(PAD)["post_grad_custom_post_pass"](post_grad(padded, *INPUTS))
     assert mine.calls == 3
-
-
-def test_managers_of_equal_content_are_equal() -> None:
-    assert PostGradPassManager(PAD) == PostGradPassManager(PAD)
-    assert len({PostGradPassManager(PAD), PostGradPassManager(PAD)}) == 1
-    assert PostGradPassManager(PAD) != PostGradPassManager(dataclasses.replace(PAD, max_fusions=3))
-
-
-def test_a_flag_that_no_rule_answers_to_is_a_warning() -> None:
-    rules = [rule for rule in BUILT_IN_RULES if "enable_qk_norm_rope_fusion" not in rule.flags]
-    _, _, report = planned(dataclasses.replace(PAD, enable_qk_norm_rope_fusion=True), rules=rules)
-    (warning,) = report.warnings
-    expected = "none of the given rules answers to it"
-    assert warning.detail == f"enable_qk_norm_rope_fusion=True has no effect: {expected}"
 
 
 def test_copies_of_inductors_configuration_share_the_manager() -> None:
@@ -158,8 +131,8 @@ def test_copies_of_inductors_configuration_share_the_manager() -> None:
 def test_debug_dumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEPLAN_DEBUG_DIR", str(tmp_path / "dumps"))
     manager = PostGradPassManager(PAD, compile_range=CompileRange(start=1, end=8))
-    manager(post_grad(padded, *INPUTS))
-    manager(post_grad(padded, *INPUTS))
+    for _ in range(2):
+        manager(post_grad(padded, *INPUTS))
     folders = sorted((tmp_path / "dumps").iterdir())
     assert [folder.name.rsplit("-", 1)[0] for folder in folders] == ["graph_0-1-8", "graph_1-1-8"]
     texts = {path.name: path.read_text() for path in folders[0].iterdir()}

@@ -9,8 +9,9 @@ from torch._inductor.pattern_matcher import PatternMatcherPass
 
 from fuseplan.dialect import ops
 from fuseplan.dialect.raising import canonicalize
+from fuseplan.graph.canonical import CanonicalGraph
 from fuseplan.graph.facts import aten
-from fuseplan.matching import ExternalMatch, ExternalPass, find_matches
+from fuseplan.matching import ExternalMatch, ExternalPass, Match, find_matches
 from fuseplan.planner.alternatives import alternative_name, row_key
 from fuseplan.planner.costs import CostModel, CostTable, Provenance, Row
 from fuseplan.planner.pose import Problem, pose
@@ -85,23 +86,33 @@ def somebodys(*nodes: fx.Node, saving_us: float | None = None, **more: Any) -> E
     return ExternalMatch(owner=owner, entry=entry, anchor=nodes[-1], consumed=nodes, found=entry, **given)
 
 
-def problem_of(
-    function: Any = norm_and_pad,
-    prices: Prices | None = None,
-    span: tuple[int, int] = (10, 10),
-    *,
-    dynamic: bool = False,
-    rules: Sequence[Rule] = UNASKED,
+def matched(
+    function: Any = norm_and_pad, *, dynamic: bool = False, rules: Sequence[Rule] = UNASKED,
     providers: Sequence[Provider] = PROVIDERS,
-    **more: Any,
-) -> Problem:
+) -> tuple[CanonicalGraph, tuple[Match, ...]]:  # fmt: skip
+    """The graph of a function of x, r and w, and what matches in it."""
     canonical = canonicalize(written(function, {"x": X, "r": R, "w": W}, dynamic=dynamic))
-    found = find_matches(canonical, by_name(rules), providers, PROFILES["h200"]).candidates
+    return canonical, find_matches(canonical, by_name(rules), providers, PROFILES["h200"]).candidates
+
+
+def problem_of(
+    function: Any = norm_and_pad, prices: Prices | None = None, span: tuple[int, int] = (10, 10), *,
+    dynamic: bool = False, rules: Sequence[Rule] = UNASKED, providers: Sequence[Provider] = PROVIDERS, **more: Any,
+) -> Problem:  # fmt: skip
+    canonical, found = matched(function, dynamic=dynamic, rules=rules, providers=providers)
     return pose(canonical, found, more.pop("external", ()), prices or Prices(model=MODEL), span, **more)
 
 
 def by_provider(given: Problem, values: Sequence[Any]) -> dict[str, Any]:
     return {each.provider: value for each, value in zip(given.candidates, values, strict=True)}
+
+
+def row(tokens: int = 8, time_ns: int = 100, spread_ns: int = 0, key: str = "k", **changes: Any) -> Row:
+    given: dict[str, Any] = {
+        "key": key, "tokens": tokens, "time_ns": time_ns, "spread_ns": spread_ns, "provenance": Provenance.MEASURED,
+        "device": "h200", "torch": "", "triton": "", "topology": "", "date": "2026-11-22", "command": "",
+    }  # fmt: skip
+    return Row(**{**given, **changes})
 
 
 def measured(given: Problem, rows: Mapping[str, Sequence[tuple[int, int]]], sizes: Sequence[int] = (10,)) -> CostTable:
@@ -114,10 +125,7 @@ def measured(given: Problem, rows: Mapping[str, Sequence[tuple[int, int]]], size
         chosen = [given.candidates[i] for i in component if given.candidates[i].provider in name.split()]
         key = row_key(signature, alternative_name(chosen, places))
         made += [
-            Row(
-                key=key, tokens=tokens, time_ns=time, spread_ns=spread, provenance=Provenance.MEASURED, device="round",
-                torch="2.13", triton="", topology="tp1", date="2026-11-22", command="by hand",
-            )
-            for tokens, (time, spread) in zip(sizes, times, strict=True)
-        ]  # fmt: skip
+            row(tokens, *each, key, device="round", torch="2.13", topology="tp1", command="by hand")
+            for tokens, each in zip(sizes, times, strict=True)
+        ]
     return CostTable(device="round", rows=tuple(made))

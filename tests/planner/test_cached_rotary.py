@@ -1,5 +1,7 @@
 """What rotation and writes into a cache cost: three kernels, or one; and what a fusion of the norms alone leaves."""
 
+from dataclasses import replace
+
 import pytest
 
 from fuseplan.dialect.raising import canonicalize
@@ -39,16 +41,6 @@ def test_one_kernel_in_place_of_three(device: str) -> None:
     assert total_ns(SIZES.fused(model, eager=True)) > total_ns(SIZES.unfused(model))
 
 
-def test_a_step_of_one_row_saves_two_launches_on_an_h200() -> None:
-    """Some 3 to 4 us a layer."""
-    model = CostModel(HARDWARE["h200"])
-    one = CachedRegion(
-        tokens=1, q_heads=32, heads=8, width=128, value_width=128, angles=256, itemsize=2, cache_bytes=2**22
-    )
-    saved = total_ns(one.unfused(model)) - total_ns(one.fused(model, eager=False))
-    assert saved == pytest.approx(2 * model.hardware.launch.value, rel=0.1)
-
-
 @pytest.mark.parametrize("device", sorted(HARDWARE))
 def test_behind_a_fusion_of_the_norms_the_writes_are_kernels_of_their_own(device: str) -> None:
     model = CostModel(HARDWARE[device])
@@ -58,12 +50,8 @@ def test_behind_a_fusion_of_the_norms_the_writes_are_kernels_of_their_own(device
     assert v.memory == pytest.approx(model.hardware.memory_ns(16 * HEAD_BYTES), abs=1)
     keys, values = tail.behind(model, region)
     assert (keys, values) == (v, v)
-    taken = Region(core=NORM, tokens=8 * 32, width=128, tail=Rotation(**{**vars(tail), "writes": True}))
-    assert taken.tail is not None
-    assert taken.tail.behind(model, taken) == ()
-    assert taken.tail.at_site() == tail
-    (fused,) = model.fused(taken, "triton")
-    assert fused.memory >= model.fused(region, "triton")[0].memory
+    taken = replace(region, tail=replace(tail, writes=True))
+    assert len(model.fused(taken, "triton")) == 1
     assert len(model.fused(taken, "torch")) == 2 * NORM.eager_kernels + Rotation.eager_kernels + 2
 
 
@@ -77,7 +65,6 @@ def test_a_site_is_the_rotation_with_its_writes() -> None:
         tokens=BATCH * 3, q_heads=Q_HEADS, heads=K_HEADS, width=HEAD, value_width=HEAD, angles=2 * HEAD, itemsize=2,
         cache_bytes=2 * 2 * BATCH * K_HEADS * LENGTH * HEAD,
     )  # fmt: skip
-    assert [site.shape(rows).sizes.tokens for rows in (1, Q_HEADS, 2 * Q_HEADS)] == [1, 1, 2]  # type: ignore[attr-defined]
     assert site.taken([site.core, *site.core.users]) is not None
     assert site.taken([*site.core.users]) is None
     others = [node for node in canonical.graph.nodes if node.op == "call_function"]
@@ -98,7 +85,4 @@ def test_behind_norms_the_site_is_the_queries_norm(tokens_first: bool) -> None:
     calls = match.consumed
     taken = q.taken(calls)
     assert taken is not None
-    assert taken.tail == Rotation(**{**vars(tail), "writes": True})
-    alone = q.taken([node for node in calls if "cache_write" not in str(node.target)])
-    assert alone is not None
-    assert alone.tail == tail
+    assert taken.tail == replace(tail, writes=True)

@@ -14,7 +14,7 @@ from fuseplan.planner.costs import CostModel, Provenance
 from fuseplan.planner.evidence import cost_rows
 from fuseplan.planner.pose import Problem
 from fuseplan.planner.prices import Prices
-from tests.planner.posing import MODEL, PROVIDERS, by_provider, measured, problem_of
+from tests.planner.posing import MODEL, by_provider, measured, problem_of
 from tests.planner.round_device import DEVICE
 
 aten = torch.ops.aten
@@ -39,22 +39,12 @@ def applied(given: Problem) -> list[str]:
     return [given.candidates[i].provider for i in decide_planned(given, Solver(1000)).selected]
 
 
-def test_a_copy_costs_a_launch_and_what_it_reads_and_writes() -> None:
-    copy = MODEL.copy(10 * 100 * 2)
-    assert (copy.launch, copy.memory) == (DEVICE.launch.value, round(DEVICE.memory_ns(2 * 2000)))
-    free, copied = saved(problem_of(read)), saved(problem_of(returned))
-    assert free.keys() == copied.keys() == {"torch", "triton"}
-    assert {name: free[name] - copied[name] for name in free} == dict.fromkeys(free, copy.ns)
-
-
 def test_a_copy_grows_with_the_number_of_tokens() -> None:
     given = problem_of(returned, span=(10, 1000), dynamic=True)
     (candidate,) = [each for each in given.candidates if each.provider == "triton"]
     assert isinstance(candidate.match, Match)
-    sizes = [given.pricing.copies(candidate.match, tokens) for tokens in given.priced.tokens]
-    assert [[kernel.ns for kernel in kernels] for kernels in sizes] == [
-        [MODEL.copy(tokens * 200).ns] for tokens in given.priced.tokens
-    ]
+    for tokens in given.priced.tokens:
+        assert given.pricing.copies(candidate.match, tokens) == (MODEL.copy(tokens * 200),)
 
 
 def test_a_fusion_that_saves_no_more_than_its_copy_costs_is_not_applied() -> None:
@@ -74,15 +64,6 @@ def test_the_copy_is_among_the_kernels_of_a_price() -> None:
     assert "act_padding fused_add_rms_norm_pad triton" in {row.alternative for row in cost_rows([problem_of(read)])}
 
 
-def test_places_of_one_class_that_differ_in_copies_are_both_shown() -> None:
-    def both(x: Any, r: Any, w: Any) -> Any:
-        return *read(x, r, w), *returned(r, x, w)
-
-    names = [row.alternative for row in cost_rows([problem_of(both)]) if row.alternative.endswith(("triton", "copy"))]
-    assert "act_padding fused_add_rms_norm_pad triton" in names
-    assert "act_padding fused_add_rms_norm_pad triton + 1 copy" in names
-
-
 @pytest.mark.parametrize("function", [read, returned])
 def test_rows_measured_without_a_copy_say_nothing_of_a_fusion_with_one(function: Any) -> None:
     table = measured(problem_of(read), {UNFUSED: [(9000, 0)], "torch": [(8000, 0)], "triton": [(1000, 0)]})
@@ -92,9 +73,6 @@ def test_rows_measured_without_a_copy_say_nothing_of_a_fusion_with_one(function:
 
 
 def test_plans_tell_places_with_copies_from_those_without() -> None:
-    signatures = [
-        {candidate.signature for candidate in problem_of(function).candidates} for function in (read, returned)
-    ]
-    assert signatures[0].isdisjoint(signatures[1])
-    assert all(each.endswith(" + 1 copy") for each in signatures[1])
-    assert PROVIDERS
+    for function in (read, returned):
+        signatures = [candidate.signature for candidate in problem_of(function).candidates]
+        assert {each.endswith(" + 1 copy") for each in signatures} == {function is returned}

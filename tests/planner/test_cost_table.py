@@ -13,26 +13,12 @@ from benchmarks.ship_costs import merged
 from fuseplan.config import Environment, PassConfig
 from fuseplan.errors import ConfigError
 from fuseplan.planner import sources
-from fuseplan.planner.costs import SHIPPED, CostTable, Provenance, Row, shipped_table, table
+from fuseplan.planner.costs import SHIPPED, CostTable, Provenance, shipped_table, table
 from fuseplan.planner.sources import prices_of
 from fuseplan.providers import PROFILES, local_profile
+from tests.planner.posing import row
 
 HOUR_NS = 60 * 60 * 10**9
-
-
-def row(tokens: int = 8, time_ns: int = 100, spread_ns: int = 0, key: str = "k", **changes: Any) -> Row:
-    given: dict[str, Any] = {
-        "key": key, "tokens": tokens, "time_ns": time_ns, "spread_ns": spread_ns, "provenance": Provenance.MEASURED,
-        "device": "h200", "torch": "", "triton": "", "topology": "", "date": "2026-11-22", "command": "",
-    }  # fmt: skip
-    return Row(**{**given, **changes})
-
-
-@pytest.mark.parametrize(
-    "changes", [{"tokens": 1}, {"time_ns": 0}, {"time_ns": HOUR_NS}, {"spread_ns": HOUR_NS}, {"date": "2026-02-28"}]
-)
-def test_rows_that_may_be(changes: dict[str, Any]) -> None:
-    row(**changes)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +34,8 @@ def test_rows_that_may_be(changes: dict[str, Any]) -> None:
     ],
 )
 def test_rows_that_may_not_be(changes: dict[str, Any], says: str) -> None:
+    row(tokens=1, time_ns=0, spread_ns=HOUR_NS, date="2026-02-28")
+    row(time_ns=HOUR_NS)
     with pytest.raises(ConfigError, match=says):
         row(**changes)
 
@@ -67,12 +55,9 @@ def test_times_between_two_rows_are_on_a_line(tokens: int, expected: tuple[int, 
 
 
 def test_what_a_time_was_read_from() -> None:
-    def sizes(tokens: int, key: str = "k") -> list[int]:
-        return [each.tokens for each in CURVE.neighbours(key, tokens)]
-
-    assert [sizes(tokens) for tokens in (5, 10, 11, 20, 21, 40, 50)] == [[], [10], [10, 20], [20], [20, 40], [40], []]
-    assert sizes(10, "other") == [10]
-    assert sizes(9, "other") == sizes(11, "other") == sizes(10, "absent") == []
+    found = {tokens: [each.tokens for each in CURVE.neighbours("k", tokens)] for tokens in (5, 10, 11, 40, 50)}
+    assert found == {5: [], 10: [10], 11: [10, 20], 40: [40], 50: []}
+    assert CURVE.neighbours("other", 9) == CURVE.neighbours("absent", 10) == ()
     assert CURVE.interpolate("absent", 10) is None
     assert CURVE.interpolate("other", 10) == (7, 1)
 
@@ -81,7 +66,6 @@ def test_what_a_time_was_read_from() -> None:
     ("tokens", "expected"),
     [
         (20, 0),
-        (30, math.hypot(0.2 * 1000, 0.06 * 2500)),  # in the middle
         (25, math.hypot(0.2 * 1000 * 3 / 4, 0.06 * 2750)),
     ],
 )
@@ -97,15 +81,11 @@ def test_rows_are_added_or_take_the_place_of_older_ones() -> None:
         ("k", 10, 1), ("k", 20, 3000), ("k", 40, 2000), ("k", 80, 5), ("other", 10, 7),
     ]  # fmt: skip
     assert newer.lookup("k", 80) == row(80, 5)
-    assert newer.lookup("k", 81) is None
     assert CURVE.lookup("k", 80) is None
-    assert newer.digest != CURVE.digest
-    assert newer.device == "h200"
 
 
 def test_the_digest_is_of_the_content() -> None:
     assert CURVE.digest == CostTable(device="h200", rows=CURVE.rows[::-1]).digest
-    assert CURVE.digest != CostTable(device="h200", rows=CURVE.rows[1:]).digest
     assert CURVE.digest != CostTable(device="h200", rows=(row(20, 3001, 9), *CURVE.rows[1:])).digest
     assert CostTable(device="h200").digest != CostTable(device="h100").digest
 
@@ -118,7 +98,6 @@ def test_a_table_is_a_table_of_one_device_and_one_row_a_size() -> None:
 
 
 def test_a_file_may_be_as_large_as_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert table.LARGEST_BYTES == 16 * 1024 * 1024
     path = tmp_path / "costs.json"
     CURVE.save(path)
     content = path.read_bytes()
@@ -158,9 +137,6 @@ def of_row(**changes: Any) -> bytes:
     ("given", "says"),
     [
         (content(schema=True), "it has schema True; this version reads 1"),
-        (content(schema=1.0), "it has schema 1.0"),
-        (content(schema="1"), "it has schema 1"),
-        (content(schema=0), "it has schema 0"),
         (b'{"device": "h200", "rows": []}', "it has schema None"),
         (b'{"schema": 1, "device": "h200"}', "it has no rows"),
         (b"[]", "it isn't a JSON object"),
@@ -168,8 +144,6 @@ def of_row(**changes: Any) -> bytes:
         (of_row(time_ns=-1), "row 'k' at 8 tokens: time_ns must be between 0"),
         (of_row(time_ns=None), f"{FIRST}: expected a field 'time_ns'"),
         (of_row(time_ns="fast"), f"{FIRST}.time_ns: expected int, found 'fast'"),
-        (of_row(time_ns=1.5), f"{FIRST}.time_ns: expected int, found '1.5'"),
-        (of_row(time_ns=True), f"{FIRST}.time_ns: expected int, found 'True'"),
         (of_row(surprise=1), f"{FIRST}.surprise: expected one of the fields"),
         (of_row(provenance="guessed"), f"{FIRST}.provenance: expected one of ['measured', 'modelled'"),
     ],
@@ -179,13 +153,6 @@ def test_files_that_are_no_table(given: bytes, says: str) -> None:
         CostTable.parse(given, name="costs.json", device="h200")
     assert str(raised.value).startswith(f"cost table 'costs.json': {says}")
     assert "\n" not in str(raised.value)
-
-
-def test_a_table_of_any_device_will_do_if_none_is_named() -> None:
-    assert CostTable.parse(content()).device == "h200"
-    assert CostTable.parse(content(), device="h200").device == "h200"
-    with pytest.raises(ConfigError, match="it is of 'h200', not of 'h100'"):
-        CostTable.parse(content(), device="h100")
 
 
 NOWHERE = Environment()
@@ -199,12 +166,9 @@ def test_prices_come_from_the_model_of_the_device_and_the_table_that_is_named(tm
     plain = prices_of(PassConfig(), NOWHERE, H200)
     assert (plain.model.name, plain.table, plain.source) == ("h200", shipped_table("h200"), "auto")
     assert prices_of(PassConfig(), NOWHERE, PROFILES["b200"]).table is None
-    named = prices_of(PassConfig(cost_table=first), Environment(cost_table=second), H200).table
-    assert named is not None
-    assert named.digest == CURVE.digest
-    found = prices_of(PassConfig(), Environment(cost_table=second), H200).table
-    assert found is not None
-    assert found.lookup("k", 8) == row()
+    found = (prices_of(config, Environment(cost_table=second), H200).table
+             for config in (PassConfig(cost_table=first), PassConfig()))  # fmt: skip
+    assert [len(each.rows) for each in found if each] == [4, 1]
     assert prices_of(PassConfig(), NOWHERE, None).model.name == local_profile().name
 
 
@@ -219,8 +183,8 @@ def test_a_table_is_needed_and_read_as_the_configuration_asks(tmp_path: Path) ->
         prices_of(PassConfig(costs="measured", cost_table=path), NOWHERE, H200)
     CURVE.save(path)
     measured = prices_of(PassConfig(costs="measured", cost_table=path), NOWHERE, H200)
-    assert measured.source == "measured"
     assert measured.table is not None
+    assert (measured.source, measured.table.digest) == ("measured", CURVE.digest)
     with pytest.raises(ConfigError, match="it is of 'h200', not of 'h100'"):
         prices_of(PassConfig(cost_table=path), NOWHERE, PROFILES["h100"])
 
@@ -230,13 +194,13 @@ def test_the_package_has_measured_rows_of_devices_that_it_knows(path: Path) -> N
     assert path.stem in PROFILES
     table = shipped_table(path.stem)
     assert table is not None
-    assert {row.provenance for row in table.rows} == {Provenance.MEASURED}
-    for row in table.rows:
-        assert row.torch
-        assert row.triton
-        assert row.spread_ns > 0
-        assert "fuseplan tune" in row.command
-    keys = {row.key for row in table.rows}
+    assert {each.provenance for each in table.rows} == {Provenance.MEASURED}
+    for each in table.rows:
+        assert each.torch
+        assert each.triton
+        assert each.spread_ns > 0
+        assert "fuseplan tune" in each.command
+    keys = {each.key for each in table.rows}
     # An alternative alone says nothing.
     assert {f"{key.rpartition(': ')[0]}: unfused" for key in keys} <= keys
 
@@ -251,13 +215,10 @@ def test_what_was_measured_here_stands_before_what_the_package_has(monkeypatch: 
     table = prices_of(PassConfig(), NOWHERE, None).table
     assert table is not None
     # Alternatives that are held against each other were measured on one machine.
-    assert [row for row in table.rows if row.component == component] == [ours]
-    others = [row for row in shipped.rows if row.component != component]
-    assert 0 < len(others) < len(shipped.rows) - len({row.tokens for row in shipped.rows})
-    assert [row for row in table.rows if row.component != component] == others
-    measured = prices_of(PassConfig(costs="measured"), NOWHERE, None).table
-    assert measured is not None
-    assert measured.rows == (ours,)
+    assert [each for each in table.rows if each.component == component] == [ours]
+    others = [each for each in shipped.rows if each.component != component]
+    assert [each for each in table.rows if each.component != component] == others != []
+    assert prices_of(PassConfig(costs="measured"), NOWHERE, None).table == CostTable(device="h100", rows=(ours,))
     assert prices_of(PassConfig(costs="modelled"), NOWHERE, None).table is None
 
 

@@ -1,6 +1,7 @@
 """Ops that the cost model doesn't know: declared, measured, forced, or left out."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from fuseplan.dialect import define, ops
 from fuseplan.errors import ConfigError
 from fuseplan.matching import Match
 from fuseplan.planner.declared import generated
-from fuseplan.providers import BUILT_IN_PROVIDERS, KernelCost, Offer, provider_of
+from fuseplan.providers import KernelCost, provider_of
 from fuseplan.record import Nearness, Reason, Report
 from fuseplan.report import report_to_json
 from fuseplan.rules import Rule
@@ -50,13 +51,6 @@ class GatedNorm(Rule):
         return gated_norm(x, gate, weight, eps, rounding)
 
 
-class SortedNorm(GatedNorm):
-    """rms_norm(x) * sort(gate)  =>  one op, by a sort of which the model knows nothing"""
-
-    def pattern(self, x: Any, gate: Any, weight: Any, eps: Any, rounding: Any) -> Any:
-        return aten.mul.Tensor(ops.rms_norm(x, weight, eps, rounding), aten.cumsum.default(gate, -1))
-
-
 def model(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.rms_norm(x, (WIDTH,), weight, 1e-5) * gate.sigmoid()
 
@@ -80,7 +74,7 @@ def test_what_nobody_priced_is_left_out_with_a_warning_and_its_places() -> None:
     assert (report.matched["gated_norm"], report.fused["gated_norm"]) == (1, 0)
     (graph,) = report.graphs
     assert graph.plan is not None
-    assert (graph.plan.prices, graph.plan.objective_ns, graph.saved_ns, graph.lost) == (("assumed",), 0, 0, ())
+    assert (graph.plan.objective_ns, graph.saved_ns, graph.lost) == (0, 0, ())
     assert [each.provenance for each in graph.plan.rejected] == ["assumed"]
     (warning,) = report.warnings
     assert warning.reason is Reason.UNPRICED
@@ -97,8 +91,7 @@ def test_what_is_asked_for_is_applied_and_marked_in_every_report(config: dict[st
     report = explain(**config)
     assert report.fused["gated_norm"] == 1
     (fusion,) = report.graphs[0].applied
-    assert fusion.provenance == "assumed"
-    assert report_to_json(report)["graphs"][0]["applied"][0]["provenance"] == "assumed"
+    assert report_to_json(report)["graphs"][0]["applied"][0]["provenance"] == fusion.provenance == "assumed"
     assert report_to_json(report)["provenance"] == {"assumed": 1}
     assert [each for each in report.warnings if each.reason is Reason.UNPRICED] == []
     assert report.assumed == {("gated_norm", fusion.provider): [fusion]}
@@ -106,16 +99,15 @@ def test_what_is_asked_for_is_applied_and_marked_in_every_report(config: dict[st
 
 def test_a_declared_cost_is_held_against_what_inductor_makes_of_the_ops() -> None:
     """On H200: one generated kernel with a row reduction, and what was declared."""
+    unfused = 1402 + 574 + graph_bytes_ns(3)
     for cost in (1.0, 1, lambda m: 1.0):
         (graph,) = explain(cost).graphs
         (fusion,) = graph.applied
-        assert graph.plan is not None
-        assert (graph.plan.prices, fusion.provenance) == (("declared",), "declared")
-        assert fusion.saving_ns == 1402 + 574 + graph_bytes_ns(3) - 1000
+        assert fusion.provenance == "declared"
+        assert fusion.saving_ns == unfused - 1000
     (graph,) = explain(50.0).graphs
     assert graph.applied == ()
-    (loss,) = graph.lost
-    assert (loss.lost_ns, loss.flips_at_ns) == (50_000 - 1402 - 574 - graph_bytes_ns(3), 1402 + 574 + graph_bytes_ns(3))
+    assert (graph.lost[0].lost_ns, graph.lost[0].flips_at_ns) == (50_000 - unfused, unfused)
 
 
 def graph_bytes_ns(tensors: int) -> int:
@@ -164,10 +156,16 @@ def test_of_the_ops_an_engines_own_is_a_kernel_by_itself() -> None:
 
 
 def test_what_it_replaces_has_to_be_known_too() -> None:
+    class SummedNorm(GatedNorm):
+        """rms_norm(x) * cumsum(gate)  =>  one op, by a sum of which the model knows nothing"""
+
+        def pattern(self, x: Any, gate: Any, weight: Any, eps: Any, rounding: Any) -> Any:
+            return aten.mul.Tensor(ops.rms_norm(x, weight, eps, rounding), aten.cumsum.default(gate, -1))
+
     def function(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
         return torch.nn.functional.rms_norm(x, (WIDTH,), weight, 1e-5) * gate.cumsum(-1)
 
-    report = explain(0.0, rules=[SortedNorm()], function=function)
+    report = explain(0.0, rules=[SummedNorm()], function=function)
     assert (report.matched["gated_norm"], report.fused["gated_norm"]) == (1, 0)
     assert "is declared, that of the unfused ops isn't known" in report.warnings[0].detail
 
@@ -184,20 +182,14 @@ def test_somebodys_kernel_of_a_built_in_op_is_not_taken_for_fuseplans() -> None:
         assert theirs.graphs[0].applied[0].provider == ("triton" if cost is None else mine.name)
 
 
-def test_no_fusion_of_ours_is_assumed() -> None:
-    reports = [
-        fuseplan.explain(
-            lambda x, r, w: torch.nn.functional.pad(torch.nn.functional.rms_norm(x + r, (WIDTH,), w, 1e-5), (0, 64)),
-            *INPUTS, device=device,
-        )
-        for device in ("h200", "mi355x", "cpu")
-    ]  # fmt: skip
-    for report in reports:
-        (graph,) = report.graphs
-        assert graph.plan is not None
-        assert graph.plan.prices == ("modelled",)
-    names = {"aiter", "flashinfer", "sdpa", "sdpa_packed", "torch", "triton"}
-    assert {each.name for each in BUILT_IN_PROVIDERS} == names
+@pytest.mark.parametrize("device", ["h200", "mi355x", "cpu"])
+def test_no_fusion_of_ours_is_assumed(device: str) -> None:
+    def padded(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        return torch.nn.functional.pad(torch.nn.functional.rms_norm(x + r, (WIDTH,), w, 1e-5), (0, 64))
+
+    (graph,) = fuseplan.explain(padded, *INPUTS, device=device).graphs
+    assert graph.plan is not None
+    assert graph.plan.prices == ("modelled",)
 
 
 def test_compiling_applies_it_only_where_it_was_priced() -> None:
@@ -210,33 +202,23 @@ def test_compiling_applies_it_only_where_it_was_priced() -> None:
     assert not reports[0].graphs[0].rewritten
 
 
+ALLOWED = "allowed are a KernelCost, microseconds from 0 to 3600000000, and a function"
+
+
 @pytest.mark.parametrize(
-    ("cost", "text"),
+    ("make", "text"),
     [
-        (-1.0, "cost=-1.0: allowed are a KernelCost, microseconds from 0 to 3600000000, and a function"),
-        (math.nan, "cost=nan: allowed"), ("1 us", "cost='1 us': allowed"), (KernelCost, "allowed are a KernelCost"),
-        (True, "cost=True: allowed"),
+        (lambda: provider(-1.0), f"cost=-1.0: {ALLOWED}"), (lambda: provider(math.nan), f"cost=nan: {ALLOWED}"),
+        (lambda: provider("1 us"), f"cost='1 us': {ALLOWED}"), (lambda: provider(KernelCost), ALLOWED),
+        (lambda: provider(True), f"cost=True: {ALLOWED}"),
+        (lambda: KernelCost(kernels=0), "kernels=0: allowed are integers of at least 1"),
+        (lambda: KernelCost(passes=0), "passes=0: allowed are numbers, more than 0 and finite"),
+        (lambda: KernelCost(passes=math.inf), "passes=inf: allowed"),
     ],
 )  # fmt: skip
-def test_what_is_no_cost_is_refused(cost: Any, text: str) -> None:
+def test_what_is_no_cost_is_refused(make: Callable[[], Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
-        provider(cost)
-    with pytest.raises(ConfigError, match=text):
-        Offer(cost=cost)
-
-
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({"kernels": 0}, "kernels=0: allowed are integers of at least 1"),
-        ({"kernels": 1.5}, "kernels=1.5: allowed"),
-        ({"passes": 0}, "passes=0: allowed are numbers, more than 0 and finite"),
-        ({"passes": math.inf}, "passes=inf: allowed"),
-    ],
-)
-def test_what_is_no_kernel_is_refused(changes: dict[str, Any], text: str) -> None:
-    with pytest.raises(ConfigError, match=text):
-        KernelCost(**changes)
+        make()
 
 
 @pytest.mark.parametrize(
@@ -244,7 +226,6 @@ def test_what_is_no_kernel_is_refused(changes: dict[str, Any], text: str) -> Non
     [
         (lambda m: m.nothing, r"of x\[16, 64\] .* can't be computed: AttributeError: .*'nothing'"),
         (lambda m: -3, r"is -3: allowed are microseconds from 0 to 3600000000"),
-        (lambda m: None, r"is None: allowed are microseconds"),
     ],
 )
 def test_a_function_that_returns_no_time_is_an_error_of_one_line(cost: Any, text: str) -> None:

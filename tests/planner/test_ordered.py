@@ -136,20 +136,6 @@ def test_random_stacks(layers: list[dict[str, Any]], data: st.DataObject, one_ra
     assert emulated(graph, order, shuffle=data.draw(st.integers(0, 99))) == expected
 
 
-@pytest.mark.parametrize("layers", [1, 3])
-def test_every_order_of_the_contest(layers: int, one_rank: str) -> None:
-    contested = {"reduce": True, "residual": True, "pad": True, "quant": False, "read": True, "spelling": "vllm"}
-    graph = quickly_traced(stack([contested] * layers, one_rank), *INPUTS)
-    rules = ("act_padding", "allreduce_rms", "allreduce_rms_padding")
-    outcomes = set()
-    for order in itertools.permutations(rules):
-        taken = emulated(graph, order)
-        assert taken == really_apply(graph, order)
-        assert len(taken) == layers
-        outcomes.add(tuple(name for name, _ in taken))
-    assert len(outcomes) == 3
-
-
 @pytest.mark.parametrize(("name", "tp"), [("gpt-oss-120b", 2), ("gpt-oss-120b:outer-reduce", 2), ("llama-3.1-8b", 4)])
 def test_every_order_on_real_models(name: str, tp: int) -> None:
     with workload_graph(name, tp, 2) as graph:

@@ -10,19 +10,13 @@ from fuseplan.planner.costs import HARDWARE, CostModel, Region
 from fuseplan.rules.families import find_sites
 from tests.helpers import quickly_traced
 from tests.planner.parts import NORM, Rotation
-from tests.rotary import HEAD, K_HEADS, Q_HEADS, batched, flat, heads_first, heads_last, normed
+from tests.rotary import HEAD, K_HEADS, Q_HEADS, batched, flat, heads_first, heads_last
 
 TOKENS, WIDTH = 64, 128
 REGION = Region(
     core=NORM, tokens=TOKENS * 32, width=WIDTH, tail=Rotation(q_heads=32, k_heads=8, angles=2 * WIDTH),
 )  # fmt: skip
 ANGLES, WEIGHT, HEAD_BYTES = TOKENS * 2 * WIDTH * 2, WIDTH * 2, TOKENS * WIDTH * 2
-
-
-def test_bytes_are_those_of_queries_and_keys_once_and_of_the_angles() -> None:
-    assert REGION.read_bytes == 40 * HEAD_BYTES + ANGLES + 2 * WEIGHT
-    assert REGION.written_bytes == REGION.result_bytes == 40 * HEAD_BYTES
-    assert REGION.without_tail().read_bytes == 32 * HEAD_BYTES + WEIGHT
 
 
 @pytest.mark.parametrize("device", sorted(HARDWARE))
@@ -85,9 +79,3 @@ def test_a_site_is_the_queries_norm_with_all_that_the_fusion_takes(layout: str) 
     assert taken is not None
     assert taken.tail == tail
     assert k.taken(inside) is None
-
-
-def test_norms_that_are_not_rotated_have_no_such_tail() -> None:
-    canonical = canonicalize(quickly_traced(lambda q, k, cos, sin: (normed(q, torch.ones(64) / 3), k), *flat()))
-    (site,) = find_sites(canonical)
-    assert site.tails == ()

@@ -1,24 +1,25 @@
 """The solver against a brute force, on problems without a graph and on random graphs."""
 
 import operator
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from random import Random
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import fx, nn
+from torch import fx
 
 from fuseplan.errors import PlanError
 from fuseplan.graph.legality import Contraction, is_convex
-from fuseplan.graph.surgery import sort_topologically
 from fuseplan.planner.baselines import greedy, heaviest, largest
 from fuseplan.planner.components import components
 from fuseplan.planner.program import CycleFinder, IntegerProgram, Solution
 from fuseplan.planner.solver import Solver
 from tests.planner import brute_force
+from tests.planner.test_packing import tie
 
 PROBLEMS, GRAPHS = 400, 400
 MANY = 10_000
@@ -70,27 +71,30 @@ def check_optimal(program: IntegerProgram, solution: Solution, expected: tuple[i
     assert solution.gap == 0.0
 
 
-def check_program(program: IntegerProgram) -> None:
+def check_program(program: IntegerProgram, cycles: Collection[frozenset[int]]) -> None:
     """The best legal set is found, or that there is none."""
-    expected = brute_force.best(program.savings_ns, lambda chosen: is_legal(program, chosen), program.alternatives)
+
+    def legal(chosen: frozenset[int]) -> bool:
+        return is_legal(program, chosen) and not any(cycle <= chosen for cycle in cycles)
+
+    def find_cycles(selected: Sequence[int]) -> list[tuple[int, ...]]:
+        return [tuple(cycle) for cycle in cycles if cycle <= {*selected}]
+
+    expected = brute_force.best(program.savings_ns, legal, program.alternatives)
     if expected is None:
         with pytest.raises(PlanError, match="forced"):
-            Solver().solve(program)
+            Solver().solve(program, find_cycles)
     else:
-        check_optimal(program, Solver().solve(program), expected)
+        check_optimal(program, Solver().solve(program, find_cycles), expected)
+
+
+CYCLES = st.sets(st.frozensets(st.integers(0, 8), min_size=2, max_size=4), max_size=4)
 
 
 @settings(max_examples=PROBLEMS)
-@given(programs())
-def test_solver_finds_what_brute_force_finds(program: IntegerProgram) -> None:
-    check_program(program)
-
-
-@pytest.mark.nightly
-@settings(max_examples=MANY)
-@given(programs())
-def test_solver_finds_what_brute_force_finds_in_many_problems(program: IntegerProgram) -> None:
-    check_program(program)
+@given(programs(), CYCLES)
+def test_solver_finds_what_brute_force_finds(program: IntegerProgram, cycles: set[frozenset[int]]) -> None:
+    check_program(program, cycles)
 
 
 @dataclass(frozen=True)
@@ -109,14 +113,9 @@ class Case:
 
     @property
     def program(self) -> IntegerProgram:
-        count = len(self.regions)
-        return IntegerProgram(
-            names=tuple(f"c{i:02}" for i in range(count)),
-            savings_ns=self.savings,
-            conflicts=frozenset(
-                (i, j) for j in range(count) for i in range(j) if not self.regions[i].isdisjoint(self.regions[j])
-            ),
-        )
+        pairs = combinations(range(len(self.regions)), 2)
+        overlapping = frozenset((i, j) for i, j in pairs if not self.regions[i].isdisjoint(self.regions[j]))
+        return tie(*self.savings, conflicts=overlapping)
 
     @property
     def find_cycles(self) -> CycleFinder:
@@ -151,31 +150,6 @@ def random_case(seed: int, calls: int = 9, most: int = 8) -> Case:
     return Case(graph, tuple(nodes), tuple(regions), savings)
 
 
-def contract_region(graph: fx.Graph, region: list[fx.Node]) -> None:
-    """Replaces a region by one call that runs it, wherever its inputs and users stand."""
-    inputs = list(dict.fromkeys(s for node in region for s in node.all_input_nodes if s not in region))
-    steps = [(node.target, node.args) for node in region]
-
-    def fused(*values: Any) -> tuple[Any, ...]:
-        known = dict(zip(inputs, values, strict=True))
-        for node, (target, args) in zip(region, steps, strict=True):
-            known[node] = target(*(known[a] for a in args))  # type: ignore[operator,index]
-        return tuple(known[node] for node in region)
-
-    with graph.inserting_before(region[0]):
-        call = graph.call_function(fused, tuple(inputs))
-        items = [graph.call_function(operator.getitem, (call, i)) for i in range(len(region))]
-    for node, item in zip(region, items, strict=True):
-        node.replace_all_uses_with(item)
-    for node in reversed(region):
-        graph.erase_node(node)
-
-
-def run(graph: fx.Graph) -> Any:
-    sample = [torch.arange(4, dtype=torch.int64) - i for i in range(INPUTS)]
-    return fx.Interpreter(nn.Module(), graph=graph).run(*sample)  # a GraphModule would generate code
-
-
 CYCLIC_ONLY_TOGETHER = 7
 """A seed whose best selection without regard to cycles is cyclic; a test makes sure of it."""
 
@@ -201,20 +175,6 @@ def check_graph(seed: int) -> None:
         assert legal(frozenset(simple.selected))
         assert simple.objective_ns == program.saving(simple.selected) <= solution.objective_ns
 
-    order = Random(seed).sample(range(len(sizes)), len(sizes))
-    shuffled = replace(
-        case, regions=tuple(case.regions[i] for i in order), savings=tuple(case.savings[i] for i in order)
-    )
-    assert Solver().solve(shuffled.program, shuffled.find_cycles).objective_ns == solution.objective_ns
-
-    before = run(case.graph)
-    for index in solution.selected:
-        contract_region(case.graph, [case.nodes[n] for n in sorted(case.regions[index])])
-    sort_topologically(case.graph)
-    case.graph.lint()
-    for left, right in zip(before, run(case.graph), strict=True):
-        assert torch.equal(left, right)
-
 
 @settings(max_examples=GRAPHS)
 @given(st.integers(0, 2**32))
@@ -225,8 +185,9 @@ def test_best_legal_set_of_a_random_graph(seed: int) -> None:
 
 @pytest.mark.nightly
 @settings(max_examples=MANY)
-@given(st.integers(0, 2**32))
-def test_best_legal_set_of_many_random_graphs(seed: int) -> None:
+@given(programs(), CYCLES, st.integers(0, 2**32))
+def test_best_legal_sets_of_many_problems(program: IntegerProgram, cycles: set[frozenset[int]], seed: int) -> None:
+    check_program(program, cycles)
     check_graph(seed)
 
 
@@ -246,15 +207,7 @@ def overlapping(count: int, seed: int = 0, width: int = 8) -> IntegerProgram:
     places = [random.randrange(count // 2) for _ in range(count)]
     regions = [{place + random.randrange(width) for _ in range(3)} for place in places]
     conflicts = {(i, j) for j in range(count) for i in range(j) if regions[i] & regions[j]}
-    return tangled(count, conflicts, random)
-
-
-def tangled(count: int, conflicts: set[tuple[int, int]], random: Random) -> IntegerProgram:
-    return IntegerProgram(
-        names=tuple(f"c{i:04}" for i in range(count)),
-        savings_ns=tuple(random.randint(1, 20_000) for _ in range(count)),
-        conflicts=frozenset(conflicts),
-    )
+    return tie(*(random.randint(1, 20_000) for _ in range(count)), conflicts=frozenset(conflicts))
 
 
 def is_valid(program: IntegerProgram, solution: Solution) -> bool:
@@ -271,21 +224,11 @@ def test_large_components_are_certified_and_beat_the_heuristics() -> None:
         assert greedy(program, preference).objective_ns <= solution.objective_ns
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_integer_programming_and_branch_and_bound_agree(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = overlapping(44, seed)
-    exact = Solver().solve(program)
-    monkeypatch.setattr("fuseplan.planner.solver.LARGE", 8)
-    monkeypatch.setattr("fuseplan.planner.solver.FIRST_VISITS", 0)
-    linear = Solver().solve(program)
-    assert exact.gap == linear.gap == 0.0
-    assert exact.objective_ns == linear.objective_ns
-
-
 def test_a_component_past_every_limit_returns_its_incumbent_and_bound() -> None:
     random = Random(3)
     pairs = {(min(p), max(p)) for p in ((random.randrange(600), random.randrange(600)) for _ in range(4000))}
-    program = tangled(600, {pair for pair in pairs if pair[0] != pair[1]}, random)
+    conflicts = frozenset(pair for pair in pairs if pair[0] != pair[1])
+    program = tie(*(random.randint(1, 20_000) for _ in range(600)), conflicts=conflicts)
     for budget in (1, 20_000):
         solution = Solver(budget).solve(program)
         assert is_valid(program, solution)
@@ -307,27 +250,21 @@ def test_a_budget_of_one_node_is_still_legal_where_cycles_are(seed: int) -> None
 
 def test_equal_components_are_solved_once() -> None:
     layers = 50
-    program = IntegerProgram(
-        names=tuple(f"c{i:03}" for i in range(2 * layers)),
-        savings_ns=(5, 7) * layers,
-        conflicts=frozenset((2 * i, 2 * i + 1) for i in range(layers)),
-    )
-    solution = Solver().solve(program)
+    pairs = frozenset((2 * i, 2 * i + 1) for i in range(layers))
+    solution = Solver().solve(tie(*(5, 7) * layers, conflicts=pairs))
     assert (solution.components, solution.classes, solution.nodes) == (layers, 1, 1)
     assert solution.objective_ns == 7 * layers
 
 
 def test_rivals_are_of_the_program_that_is_asked_for() -> None:
     """Whatever was solved in between, and if a program differs in its savings or its cuts alone."""
-    names, conflicts = ("a", "b"), frozenset({(0, 1)})
-    first = IntegerProgram(names=names, savings_ns=(5, 3), conflicts=conflicts)
-    second = IntegerProgram(names=names, savings_ns=(2, 7), conflicts=conflicts)
+    first, second = (tie(*savings, conflicts=frozenset({(0, 1)})) for savings in ((5, 3), (2, 7)))
     solver = Solver()
     for program in (first, second):
         solver.solve(program)
     lost = [[each.lost_ns for each in solver.rivals(program, ()) if each] for program in (first, second)]
     assert lost == [[2, 2], [5, 5]]
-    free = IntegerProgram(names=names, savings_ns=(5, 3))
+    free = tie(5, 3)
     solver.solve(free)
     solver.solve(free, lambda selected: [(0, 1)] if len(selected) > 1 else [])
     assert [each.lost_ns for each in solver.rivals(free, [(0, 1)]) if each] == [2, 2]
@@ -343,11 +280,9 @@ def test_rivals_are_the_best_with_a_candidate_or_without_it(program: IntegerProg
         return
     for index, rival in enumerate(solver.rivals(program, best.cuts)):
         is_in = index in best.selected
-        changed: dict[str, Any] = (
-            {"forbidden": program.forbidden | {index}} if is_in else {"forced": program.forced | {index}}
-        )
+        field = "forbidden" if is_in else "forced"
         try:
-            other = Solver().solve(replace(program, **changed))
+            other = Solver().solve(replace(program, **{field: getattr(program, field) | {index}}))
         except PlanError:
             assert rival is None
         else:

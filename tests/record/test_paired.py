@@ -40,12 +40,6 @@ def test_ends_are_those_of_the_signed_rank_distribution(count: int) -> None:
     assert skipped < total / 2
 
 
-def test_few_repeats_give_all_they_have() -> None:
-    assert _skipped(5) == 0
-    found = Paired.of([3, 1, 4, 1, 5], [0] * 5)
-    assert (found.low_ns, found.high_ns, found.repeats) == (1, 5, 5)
-
-
 @pytest.mark.parametrize("count", [9, 60])
 def test_the_interval_holds_the_difference_as_often_as_it_says(count: int) -> None:
     chance = random.Random(0)

@@ -1,3 +1,5 @@
+"""Reports: as JSON, what they count, how two of them differ, and names in them that anybody may have chosen."""
+
 import copy
 import json
 from typing import Any
@@ -7,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fuseplan.record import (
+    Change,
     DeviceConstant,
+    Difference,
     Fusion,
     GraphReport,
     Loss,
@@ -15,18 +19,22 @@ from fuseplan.record import (
     Reason,
     Refusal,
     Report,
+    changes,
+    differences,
     from_json,
     to_json,
 )
+from fuseplan.record.text import LONGEST_QUOTE, one_line, printable, shown
 
-FUSION = Fusion(
-    rule="act_padding", op="rms_norm_pad", provider="torch", anchor="pad", consumed=("a", "b"), contested_op="rms_norm",
-    site="rms_norm", source="layers.0",
-)  # fmt: skip
-OTHER = Fusion(
-    rule="allreduce_rms", op="all_reduce_rms_norm", provider="torch", anchor="mul", consumed=("b",),
-    contested_op="rms_norm", site="rms_norm",
-)  # fmt: skip
+
+def fusion(rule: str, layer: int, provider: str = "triton") -> Fusion:
+    return Fusion(
+        rule=rule, op="fused", provider=provider, anchor=f"mul_{layer}", consumed=("a", "b"), contested_op="rms_norm",
+        site=f"norm_{layer}", source=f"layers.{layer}.norm",
+    )  # fmt: skip
+
+
+FUSION, OTHER = fusion("act_padding", 0), fusion("allreduce_rms", 0)
 GRAPH = GraphReport(
     graph="graph_0", range=(1, 8), applied=(FUSION,), lost=(Loss(fusion=OTHER, blocked_by=(FUSION,)),),
     matched={"act_padding": 1, "allreduce_rms": 1}, recognized={"rms_norm[64]": 1},
@@ -35,10 +43,6 @@ GRAPH = GraphReport(
 REPORT = Report(
     policy="ordered", order=("act_padding", "allreduce_rms"), rules=("act_padding", "allreduce_rms"), graphs=(GRAPH,)
 )
-
-
-def test_reports_survive_json() -> None:
-    assert from_json(Report, to_json(REPORT)) == REPORT
 
 
 def test_whole_numbers_survive_json_as_floats() -> None:
@@ -73,41 +77,22 @@ def test_conflicts_are_one_row_a_class() -> None:
         (("graphs", 0, "range"), [1, True], r"range\[1\]: expected int"),
         (("graphs", 0, "refusals", 0, "reason"), "bored", r"reason: expected one of"),
         (("graphs", 0, "matched"), {"a": "b"}, r"matched\.a: expected int"),
+        (("graphs", 0), 3, r"graphs\[0\]: expected an object"),
         (("graphs", 0, "surprise"), 1, r"surprise: expected one of the fields"),
+        (("graphs", 0, "graph"), None, "expected a field 'graph'"),
     ],
 )
 def test_malformed_reports_name_the_field(path: tuple[Any, ...], value: Any, message: str) -> None:
-    data = copy.deepcopy(to_json(REPORT))
-    place = data
+    assert from_json(Report, to_json(REPORT)) == REPORT
+    place = data = copy.deepcopy(to_json(REPORT))
     for step in path[:-1]:
         place = place[step]
-    place[path[-1]] = value
+    if value is None:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
     with pytest.raises(ValueError, match=message):
         from_json(Report, data)
-
-
-def test_missing_fields_are_named() -> None:
-    data = to_json(REPORT)
-    del data["graphs"][0]["graph"]
-    with pytest.raises(ValueError, match="expected a field 'graph'"):
-        from_json(Report, data)
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: (
-        st.lists(inner) | st.dictionaries(st.text() | st.sampled_from(["policy", "graphs", "order", "rules"]), inner)
-    ),
-)
-
-
-@given(JSON)
-def test_whatever_comes_in_is_a_report_or_a_value_error(data: Any) -> None:
-    try:
-        report = from_json(Report, data)
-    except ValueError:
-        return
-    assert to_json(report)["policy"] == data["policy"]
 
 
 def test_near_misses_know_what_they_count() -> None:
@@ -133,3 +118,81 @@ def test_errors_stay_short_whatever_the_names_are() -> None:
         from_json(Report, {**to_json(REPORT), name: name})
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 500
+
+
+def test_what_is_no_text_is_written_as_python_writes_it() -> None:
+    assert printable("layers.0 · µ漢") == "layers.0 · µ漢"
+    assert printable("a\x1b[31mb\n\r\x07\u202e\udce4\x9b") == r"a\x1b[31mb\n\r\x07\u202e\udce4\x9b"
+
+
+@given(st.text(alphabet=st.characters()))
+def test_whatever_is_said_is_one_printable_line(text: str) -> None:
+    assert printable(text).isprintable()
+    assert one_line(text).isprintable()
+    assert len(one_line(text)) <= LONGEST_QUOTE
+
+
+def test_long_texts_are_cut_and_say_so() -> None:
+    assert one_line("x" * 1000, longest=10) == "xxxxxxx..."
+    assert one_line(" two\n lines ") == "two lines"
+
+
+def test_names_in_a_record_are_shown_as_python_writes_them() -> None:
+    assert shown(REPORT) is REPORT
+    hostile = "layers.0\x1b[2J"
+    report = Report(
+        policy="planned", order=(), rules=(hostile,),
+        graphs=(GraphReport(graph="graph_0", matched={hostile: 1}, applied=(FUSION,)),),
+    )  # fmt: skip
+    stored = shown(report)
+    assert stored.rules == (r"layers.0\x1b[2J",)
+    assert stored.graphs[0].matched == {r"layers.0\x1b[2J": 1}
+    assert stored.graphs[0].applied[0] is FUSION
+    assert stored.graphs[0].range is None
+    assert shown((Reason.DTYPE, 1, None)) == (Reason.DTYPE, 1, None)
+
+
+def ranged(*graphs: tuple[tuple[int, int], list[Fusion], int]) -> Report:
+    made = [
+        GraphReport(graph="graph_0", range=span, applied=tuple(applied), saved_ns=ns) for span, applied, ns in graphs
+    ]
+    return Report(policy="planned", order=(), rules=("a", "b"), graphs=tuple(made))
+
+
+SMALL, LARGE = (1, 8), (9, 64)
+FREE = ranged(
+    (SMALL, [fusion("b", 0), fusion("b", 1), fusion("a", 2)], 9_000), (LARGE, [fusion("a", 0), fusion("a", 1)], 7_000)
+)
+BOUND = ranged((SMALL, [fusion("a", 0), fusion("a", 1)], 4_000), (LARGE, [fusion("a", 0), fusion("a", 1)], 7_000))
+
+
+def test_changes_are_told_by_range_and_by_what_takes_the_place_of_what() -> None:
+    assert changes(FREE, BOUND) == (
+        Change(range=SMALL, before="b triton", after="a triton", count=2, sources=("layers.0.norm", "layers.1.norm")),
+        Change(range=SMALL, before="a triton", after="unfused", count=1, sources=("layers.2.norm",)),
+    )
+    assert changes(FREE, FREE) == ()
+
+
+def test_differences_are_what_each_range_saves_under_both() -> None:
+    assert differences(FREE, BOUND) == (
+        Difference(range=SMALL, before_ns=9_000, after_ns=4_000),
+        Difference(range=LARGE, before_ns=7_000, after_ns=7_000),
+    )
+
+
+def test_another_provider_is_a_change() -> None:
+    (change,) = changes(ranged((SMALL, [fusion("a", 0)], 1)), ranged((SMALL, [fusion("a", 0, "flashinfer")], 1)))
+    assert (change.before, change.after) == ("a triton", "a flashinfer")
+
+
+def test_coupled_fusions_of_one_site_are_one_choice() -> None:
+    pair = [fusion("a", 0), fusion("b", 0)]
+    for coupled in (pair, pair[::-1]):
+        (change,) = changes(ranged((SMALL, [], 0)), ranged((SMALL, coupled, 1)))
+        assert (change.before, change.after, change.count) == ("unfused", "a triton and b triton", 1)
+
+
+def test_graphs_that_one_report_lacks_are_left_out() -> None:
+    assert {change.range for change in changes(FREE, ranged((SMALL, [], 0)))} == {SMALL}
+    assert [each.range for each in differences(FREE, ranged((SMALL, [], 0)))] == [SMALL]
