@@ -24,7 +24,7 @@ from fuseplan.compilation.regions import identity_of, region_of, values_of
 from fuseplan.config import CompileRange, PassConfig, settings
 from fuseplan.cpython import uncollected
 from fuseplan.devices import asked_profile
-from fuseplan.distributed import Verdict
+from fuseplan.distributed import Agreement
 from fuseplan.distributed.agreement import failed
 from fuseplan.errors import ConfigError, FuseplanWarning
 from fuseplan.explanation.capture import capture, no_caches
@@ -320,7 +320,7 @@ class _Backend(torch._TorchCompileInductorWrapper):
         backend.config[HOOK].on_canonical = None  # the frame can't be traced again: it runs
         return backend
 
-    def _settle(self, gm: fx.GraphModule, report: Report, digest: str) -> Verdict:
+    def _settle(self, gm: fx.GraphModule, report: Report, digest: str) -> Agreement:
         manager: PostGradPassManager = self.config[HOOK]
         rules = [rule for members in manager.rules.values() for rule in members]
         return settle(gm, report, digest, manager.config, rules)

@@ -160,7 +160,7 @@ class Warner:
         """Delivers one report."""
         refusals = [refusal for graph in report.graphs for refusal in graph.refusals]
         for refusal in (*report.warnings, *(r for r in refusals if r.reason is Reason.TRAINING)):
-            self.warn(refusal.detail + (f"; {refusal.mend}" if refusal.mend else ""))
+            self.warn(refusal.detail + (f"; {refusal.fix}" if refusal.fix else ""))
         if self.on_report is not None:
             self.on_report(report)
 

@@ -83,7 +83,7 @@ def check(
         verdict = _check(workload, lock, given, update=update)
         if not as_json:
             for warning in verdict.warnings:
-                say(f"warning: {'; '.join(filter(None, (warning.detail, warning.mend)))}")
+                say(f"warning: {'; '.join(filter(None, (warning.detail, warning.fix)))}")
         show(verdict_to_json(verdict) if as_json else render_verdict(verdict), as_json)
         if not verdict.passed:
             raise typer.Exit(1)
@@ -128,7 +128,7 @@ def _check(workload: str, path: Path, given: dict[str, Any], *, update: bool) ->
         breaks=comparison.breaks,
         warnings=warnings_of(report),
         written=written,
-        mend="where that is meant, the same command with --update pins it",
+        fix="where that is meant, the same command with --update pins it",
     )
 
 

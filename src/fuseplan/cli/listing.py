@@ -72,7 +72,7 @@ def providers(
                     "description": provider.description,
                     "available": refusal is None,
                     "why_not": refusal.detail if refusal else None,
-                    "mend": refusal.mend if refusal else None,
+                    "mend": refusal.fix if refusal else None,
                     "version": provider.version(),
                     "implements": sorted(provider.implements),
                     "prices": sorted(provider.prices),

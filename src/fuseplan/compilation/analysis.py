@@ -110,7 +110,7 @@ def graph_report(
         names = " and ".join(sorted({problem.candidates[index].rule for index in unmeasured}))
         detail = f"the saving of {len(unmeasured)} fusions of {names} isn't known and counts as 0: they were measured "
         detail += "with others that aren't applied, and not without them"
-        refusals.append(Refusal(reason=Reason.UNPRICED, detail=detail, mend="tune, or raise max_fusions"))
+        refusals.append(Refusal(reason=Reason.UNPRICED, detail=detail, fix="tune, or raise max_fusions"))
     cycle = "together with fusions that were chosen it would make the graph cyclic"
     refusals += [_given_up(fusion_record(problem, i), Reason.CYCLE, cycle) for i in decision.cyclic]
     matched = {(c.rule, c.op, c.anchor) for c in problem.candidates}
@@ -209,13 +209,13 @@ def _failures(problem: Problem, decision: Decision) -> list[Refusal]:
     for index, why in sorted(problem.failed.items()):
         candidate, fusion = problem.candidates[index], fusion_record(problem, index)
         is_ours = candidate.provider != EXTERNAL
-        mend = f"forbid {candidate.rule}:{candidate.provider}" if is_ours else f"forbid {candidate.rule}"
+        fix = f"forbid {candidate.rule}:{candidate.provider}" if is_ours else f"forbid {candidate.rule}"
         reason = Reason.PACKAGE if UNCALLED in why else Reason.VERIFICATION
         if reason is Reason.VERIFICATION and UNVERIFIED not in why:
-            mend = f"correct the {'kernel' if is_ours else 'pass'}, or {mend}"
+            fix = f"correct the {'kernel' if is_ours else 'pass'}, or {fix}"
         whose = f"{candidate.provider}'s {candidate.op}" if is_ours else f"the replacement of pass {candidate.rule}"
         place = _given_up(fusion, reason, f"{whose} {why}")
-        places.append(_beside_others(candidate, applied, replace(place, mend=mend)))
+        places.append(_beside_others(candidate, applied, replace(place, fix=fix)))
     return _once_and_everywhere(places)
 
 
@@ -291,8 +291,8 @@ def _unpriced(problem: Problem, decision: Decision) -> list[Refusal]:
             why = f"the cost of {candidate.op} by {candidate.provider} is declared, that of the unfused ops isn't known"
         else:
             hows.append("declare its cost (provider_of(..., cost=))")
-        mend = " or ".join([*hows, f"force {candidate.rule}:{candidate.provider}"])
-        place = replace(_given_up(fusion, Reason.UNPRICED, why), mend=mend)
+        fix = " or ".join([*hows, f"force {candidate.rule}:{candidate.provider}"])
+        place = replace(_given_up(fusion, Reason.UNPRICED, why), fix=fix)
         places.append(_beside_others(candidate, applied, place))
     return _once_and_everywhere(places)
 
@@ -304,7 +304,7 @@ def _not_sure(fusion: Fusion) -> Refusal:
     return replace(
         _given_up(fusion, Reason.UNSURE, f"{fusion.op} by {fusion.provider} {saves}: not sure to gain"),
         nearness=Nearness.DECLINED, provider=fusion.provider,
-        mend=f"fuseplan tune --only-unsure would settle it, or force {fusion.rule}:{fusion.provider}",
+        fix=f"fuseplan tune --only-unsure would settle it, or force {fusion.rule}:{fusion.provider}",
     )  # fmt: skip
 
 
@@ -316,8 +316,8 @@ def assumed_constants(hardware: Hardware) -> list[Refusal]:
     listed = ", ".join(name for name in names if "." not in name) or "its links"
     links = " and its links" if any("." in name for name in names) and listed != "its links" else ""
     detail = f"{hardware.name} has no profile: its costs are modelled, and {listed}{links} are assumed to be another's"
-    mend = "fuseplan tune --device-only measures launches and memory, fuseplan tune WORKLOAD the fusions themselves"
-    return [Refusal(reason=Reason.UNPRICED, detail=detail, mend=mend)]
+    fix = "fuseplan tune --device-only measures launches and memory, fuseplan tune WORKLOAD the fusions themselves"
+    return [Refusal(reason=Reason.UNPRICED, detail=detail, fix=fix)]
 
 
 def _given_up(fusion: Fusion, reason: Reason, detail: str) -> Refusal:

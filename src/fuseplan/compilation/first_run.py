@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from fuseplan.config import PassConfig
-from fuseplan.distributed import Verdict, agree_in_groups
+from fuseplan.distributed import Agreement, agree_in_groups
 from fuseplan.distributed.agreement import apart
 from fuseplan.distributed.workspace import check_workspaces, prepare
 from fuseplan.errors import CollectiveError, FuseplanError
@@ -37,7 +37,7 @@ class AgreedGraph:
 
     def __init__(
         self, compiled: Runnable, unfused: Callable[[], Runnable], apart: Callable[[str], Runnable],
-        settle: Callable[[], Verdict], tell: Callable[[Verdict], None],
+        settle: Callable[[], Agreement], tell: Callable[[Agreement], None],
     ) -> None:  # fmt: skip
         self._compiled, self._unfused, self._apart = compiled, unfused, apart
         self._settle, self._tell = settle, tell
@@ -69,7 +69,7 @@ class AgreedGraph:
             return self._planned_apart(verdict)
         return self._compiled if verdict.fused else self._unfused()
 
-    def _planned_apart(self, verdict: Verdict) -> Runnable:
+    def _planned_apart(self, verdict: Agreement) -> Runnable:
         try:
             return self._apart(verdict.reason or "")
         except FuseplanError:  # e.g. a forced fusion needs such memory
@@ -85,7 +85,7 @@ def groups_of(report: Report) -> tuple[str, ...]:
     return tuple(dict.fromkeys(group for graph in report.graphs for group in graph.groups))
 
 
-def settle(gm: fx.GraphModule, report: Report, digest: str, config: PassConfig, rules: Sequence[Rule]) -> Verdict:
+def settle(gm: fx.GraphModule, report: Report, digest: str, config: PassConfig, rules: Sequence[Rule]) -> Agreement:
     """`agree_in_groups` on a graph as Dynamo made it. Ranks that agree share the memory that their kernels need, agree
     once more that they do, and verify collective kernels together.
 
@@ -120,8 +120,8 @@ def pending_in(reports: Iterable[Report]) -> tuple[Pending, ...]:
 
 
 def verify_pending(
-    pending: Sequence[Pending], rules: Sequence[Rule], ask: Callable[..., Verdict], graph: str, config: PassConfig
-) -> Verdict:
+    pending: Sequence[Pending], rules: Sequence[Rule], ask: Callable[..., Agreement], graph: str, config: PassConfig
+) -> Agreement:
     """Verifies pending fusions, at least one, together with all ranks that agree on them.
 
     Args:
@@ -140,12 +140,12 @@ def verify_pending(
     """
     steps = itertools.count()
 
-    def meet(said: str, awaited: str) -> Verdict:
+    def meet(said: str, awaited: str) -> Agreement:
         step = f"{graph}-{next(steps)}"
         return ask(graph=step, digest=said, work_s=config.verify_timeout_s, awaited=awaited)
 
     verified = verify_together(pending, rules, meet, config.verify_timeout_s)
-    return Verdict(fused=verified[-1].passed, reason=verified[-1].detail, verified=tuple(verified))
+    return Agreement(fused=verified[-1].passed, reason=verified[-1].detail, verified=tuple(verified))
 
 
 def digest_of(report: Report | None) -> str:
@@ -158,7 +158,7 @@ def digest_of(report: Report | None) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def settled(report: Report, verdict: Verdict) -> Report:
+def settled(report: Report, verdict: Agreement) -> Report:
     """The report of a graph whose ranks have settled: with the outcomes of verification by all ranks, and, where they
     run it without its fusions after all, why.
     """
@@ -168,18 +168,18 @@ def settled(report: Report, verdict: Verdict) -> Report:
     refusal = Refusal(
         reason=Reason.RANKS,
         detail=f"the graph is run unfused on all ranks of its group: {verdict.reason}",
-        mend="give all ranks one configuration and one cost table, and see what the rank named above reports",
+        fix="give all ranks one configuration and one cost table, and see what the rank named above reports",
     )
     if verdict.apart:
         refusal = replace(
-            refusal, mend="forbid those kernels, or run the ranks of a group where they reach each other's memory",
+            refusal, fix="forbid those kernels, or run the ranks of a group where they reach each other's memory",
             detail=f"the graph is planned again without kernels that share memory between ranks: {verdict.reason}",
         )  # fmt: skip
     if verdict.verified:
         wrong = verdict.verified[-1]
         refusal = replace(
             refusal, reason=Reason.VERIFICATION, rule=wrong.rule, provider=wrong.provider,
-            mend=f"see what the rank named above reports, or forbid {wrong.rule}:{wrong.provider}",
+            fix=f"see what the rank named above reports, or forbid {wrong.rule}:{wrong.provider}",
         )  # fmt: skip
     graphs = tuple(
         replace(graph, applied=(), lost=(), rewritten=False, refusals=(*graph.refusals, refusal))
@@ -188,7 +188,7 @@ def settled(report: Report, verdict: Verdict) -> Report:
     return replace(report, graphs=graphs, warnings=(*report.warnings, refusal))
 
 
-def _verified(graph: GraphReport, verdict: Verdict) -> GraphReport:
+def _verified(graph: GraphReport, verdict: Agreement) -> GraphReport:
     kinds = {(each.rule, each.op, each.provider, each.signature) for each in graph.pending}
     found = [each for each in verdict.verified if (each.rule, each.op, each.provider, each.signature) in kinds]
     return replace(graph, verified=(*graph.verified, *found), pending=())

@@ -17,7 +17,7 @@ from torch import fx
 from torch._guards import CompileContext
 
 from fuseplan.compatibility import FLOATS, find_moved
-from fuseplan.compilation.regions import Region
+from fuseplan.compilation.regions import CacheRegion
 from fuseplan.errors import FuseplanError
 from fuseplan.graph.canonical import CanonicalGraph
 
@@ -48,7 +48,7 @@ class Floats:
         region: notified of the number of compilations.
     """
 
-    def __init__(self, region: Region) -> None:
+    def __init__(self, region: CacheRegion) -> None:
         self._region = region
         self._known: dict[tuple[object, str], float] = {}
         self._inputs: list[_Float | None] = []

@@ -24,7 +24,7 @@ releases count all entries of a code object together, and get a higher limit ins
 """
 
 
-class Region:
+class CacheRegion:
     """The entries that equal backends have in Dynamo's caches.
 
     Attributes:
@@ -63,12 +63,12 @@ class Region:
         }
 
 
-_REGIONS: WeakValueDictionary[Hashable, Region] = WeakValueDictionary()
+_REGIONS: WeakValueDictionary[Hashable, CacheRegion] = WeakValueDictionary()
 
 
-def region_of(*key: Hashable) -> Region:
+def region_of(*key: Hashable) -> CacheRegion:
     """The region of all backends that have an equal key."""
-    return _REGIONS.setdefault(key, Region())
+    return _REGIONS.setdefault(key, CacheRegion())
 
 
 class _Callback:

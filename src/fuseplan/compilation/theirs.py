@@ -29,8 +29,8 @@ def run_theirs(passes: Sequence[GraphPass], graph: fx.Graph, verifier: Verifier,
             failed = next((each for each in found if not each.passed), None)
             if failed is not None:
                 detail = f"{name} is not applied: the replacement of pass {name} {failed.failure}"
-                mend = "correct the pass, or leave it out"
-                refusals.append(Refusal(reason=Reason.VERIFICATION, rule=name, detail=detail, mend=mend))
+                fix = "correct the pass, or leave it out"
+                refusals.append(Refusal(reason=Reason.VERIFICATION, rule=name, detail=detail, fix=fix))
                 continue
         run_pass(graph_pass, graph)
     return verified, refusals

@@ -30,12 +30,12 @@ def hands_off(graph: fx.Graph, environment: Environment) -> Refusal | None:
         UnsupportedError: the graph is compiled by AOTInductor, and has collectives.
     """
     if not environment.enabled:
-        return Refusal(reason=Reason.DISABLED, detail="FUSEPLAN=0 switches every fusion off", mend="unset FUSEPLAN")
+        return Refusal(reason=Reason.DISABLED, detail="FUSEPLAN=0 switches every fusion off", fix="unset FUSEPLAN")
     if is_training(graph):
         return Refusal(
             reason=Reason.TRAINING,
             detail="the graph has a backward and is left unfused; fuseplan is for inference",
-            mend="run the model under torch.inference_mode() or torch.no_grad()",
+            fix="run the model under torch.inference_mode() or torch.no_grad()",
         )
     if V.aot_compilation and (groups := groups_in(graph)):
         raise UnsupportedError(
@@ -90,7 +90,7 @@ def needed_by_package(problem: Problem, decision: Decision) -> list[Refusal]:
         f"the package calls fuseplan's ops ({', '.join(rules)}): load it in Python, after `import fuseplan.providers`"
         f"{further}"
     )
-    return [Refusal(reason=Reason.PACKAGE, detail=detail, mend=f"forbid={rules} makes one without them")]
+    return [Refusal(reason=Reason.PACKAGE, detail=detail, fix=f"forbid={rules} makes one without them")]
 
 
 def fault(error: Exception) -> Refusal:
@@ -103,5 +103,5 @@ def fault(error: Exception) -> Refusal:
     return Refusal(
         reason=Reason.FAULT,
         detail=f"the graph is left unfused, since {where} raises {type(error).__name__}: {one_line(error)}",
-        mend="if that is your own code, fix it; otherwise report it with the files that FUSEPLAN_DEBUG_DIR writes",
+        fix="if that is your own code, fix it; otherwise report it with the files that FUSEPLAN_DEBUG_DIR writes",
     )

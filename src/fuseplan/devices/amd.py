@@ -8,7 +8,7 @@ from typing import Final
 
 from fuseplan.devices.derivation import H100_COPY, derived, like, ns, rate, renamed, scaled, size
 from fuseplan.devices.errors import UNMEASURED_ERRORS
-from fuseplan.devices.hardware import Aiter, Constant, Gate, Hardware, Peers
+from fuseplan.devices.hardware import Aiter, Constant, Hardware, OneStageLimits, Peers
 from fuseplan.devices.nvidia import H100_ATTENTION, H200, H200_LINEAR
 from fuseplan.devices.profile import DeviceProfile
 
@@ -23,7 +23,7 @@ _CUSTOM = (
 
 # vLLM decides for AITER which all-reduce + RMSNorm it runs.
 _ONE_STAGE_BYTES: Mapping[int, int | None] = {2: None, 4: 256 * 1024, 8: 128 * 1024}
-AITER_GATE_MAY_2026: Final = Gate(
+AITER_GATE_MAY_2026: Final = OneStageLimits(
     source="vLLM before #42409 of 2026-05-12 (vllm/_aiter_ops.py), the day before the report on MI355X: one stage for "
     "at most 80 tokens of width 512, 1024, 2048, 4096 or 7168; GPT-OSS's 2880 takes two",
     max_tokens=80,
@@ -35,7 +35,7 @@ AITER_GATE_LATER: Final = replace(
     source="vLLM since #42409 (use_1stage_fused_ar_rms): one stage for at most 80 tokens of any width",
     widths=None,
 )
-_PLAIN_GATE: Final = Gate(
+_PLAIN_GATE: Final = OneStageLimits(
     source="AITER 0.1.13, custom_all_reduce.cuh: two ranks always, 4 below 160 KiB, 8 below 80 KiB",
     max_bytes={2: None, 4: 160 * 1024, 8: 80 * 1024},
 )

@@ -192,7 +192,7 @@ class Peers:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gate:
+class OneStageLimits:
     """When a library takes its one-stage kernel; elsewhere it takes two stages.
 
     Attributes:
@@ -230,8 +230,8 @@ class Aiter:
     """
 
     peers: Peers
-    plain: Gate
-    fused: Gate
+    plain: OneStageLimits
+    fused: OneStageLimits
     norm: Constant
 
 

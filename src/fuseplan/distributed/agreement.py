@@ -25,7 +25,7 @@ NO_PLAN, OTHER_PLAN = "had no plan for it", "planned differently"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Agreement:
     """The verdict of a group.
 
     Attributes:
@@ -46,7 +46,7 @@ class Verdict:
 def agree(
     group_store: Store, *, graph: str, rank: int, size: int, digest: str, deadline: datetime.timedelta,
     awaited: str = NO_PLAN, differing: str = OTHER_PLAN,
-) -> Verdict:  # fmt: skip
+) -> Agreement:  # fmt: skip
     """Posts this rank's digest, waits for the others', and returns the verdict of all ranks.
 
     The first rank that knows enough, or has waited long enough, writes the verdict by one compare-and-set; all others,
@@ -79,7 +79,7 @@ def agree(
             f"the ranks of a process group could not agree on a plan, since its store doesn't answer: {text}; set "
             "FUSEPLAN=0 on all ranks, or find out which of them is gone"
         ) from error
-    return Verdict(**settled)
+    return Agreement(**settled)
 
 
 def failed(error: BaseException) -> str:
@@ -116,25 +116,25 @@ def _digests(
     return {rank: group_store.get(names[rank]).decode() for rank in range(size) if rank not in late}, late
 
 
-def _verdict(digests: dict[int, str], late: Sequence[int], awaited: str, differing: str) -> Verdict:
+def _verdict(digests: dict[int, str], late: Sequence[int], awaited: str, differing: str) -> Agreement:
     for prefix in (LOST, FAILED, APART):
         for rank, digest in digests.items():
             if digest.startswith(prefix):
                 reason = f"rank {rank} {digest.removeprefix(prefix)}"
                 is_apart = prefix == APART and not late
-                return Verdict(fused=False, reason=reason, lost=prefix == LOST, apart=is_apart)
+                return Agreement(fused=False, reason=reason, lost=prefix == LOST, apart=is_apart)
     if late:
-        return Verdict(fused=False, reason=f"rank {', '.join(map(str, late))} {awaited}")
+        return Agreement(fused=False, reason=f"rank {', '.join(map(str, late))} {awaited}")
     if len(set(digests.values())) > 1:
         odd = next(rank for rank, digest in digests.items() if digest != digests[0])
-        return Verdict(fused=False, reason=f"rank 0 and rank {odd} {differing}")
-    return Verdict(fused=True)
+        return Agreement(fused=False, reason=f"rank 0 and rank {odd} {differing}")
+    return Agreement(fused=True)
 
 
 def agree_in_groups(
     names: Sequence[str], *, graph: str, digest: str, deadline_s: float | None, work_s: float = 0.0,
     awaited: str = NO_PLAN,
-) -> Verdict:  # fmt: skip
+) -> Agreement:  # fmt: skip
     """`agree` among the ranks of a graph's process groups.
 
     Where a graph has several groups, one of them has to hold all ranks of the others: otherwise two groups could reach
@@ -154,10 +154,10 @@ def agree_in_groups(
     groups = [resolve(name) for name in names]
     largest = max(groups, key=lambda group: group.size(), default=None)
     if largest is None or largest.size() == 1 or dist.get_backend(largest) == STAND_IN:
-        return Verdict(fused=True)
+        return Agreement(fused=True)
     ranks = set(dist.get_process_group_ranks(largest))
     if any(not ranks.issuperset(dist.get_process_group_ranks(group)) for group in groups):
-        return Verdict(fused=False, reason=f"its collectives are of groups that overlap: {', '.join(sorted(names))}")
+        return Agreement(fused=False, reason=f"its collectives are of groups that overlap: {', '.join(sorted(names))}")
     timeout = datetime.timedelta(seconds=deadline_s) if deadline_s is not None else timeout_of(largest)
     return agree(
         distributed_c10d._get_process_group_store(largest), graph=graph, rank=dist.get_rank(largest),

@@ -12,7 +12,7 @@ from fuseplan.graph.facts import module_path
 
 
 @dataclass(frozen=True, eq=False)
-class Region:
+class Subgraph:
     """A graph that another one calls.
 
     Attributes:
@@ -26,7 +26,7 @@ class Region:
     caller: str | None
 
 
-def regions_of(graph: fx.Graph) -> list[Region]:
+def regions_of(graph: fx.Graph) -> list[Subgraph]:
     """The graphs that a graph calls, in the order of their first calls."""
     calls: dict[tuple[fx.GraphModule, str | None], list[str | None]] = {}
     for node in graph.nodes:
@@ -37,7 +37,7 @@ def regions_of(graph: fx.Graph) -> list[Region]:
                 if module is not None:
                     caller = None if runs_once else node.target.name()
                     calls.setdefault((module, caller), []).append(module_path(node))
-    return [Region(module, tuple(places), caller) for (module, caller), places in calls.items()]
+    return [Subgraph(module, tuple(places), caller) for (module, caller), places in calls.items()]
 
 
 INVOKE = torch.ops.higher_order.invoke_subgraph

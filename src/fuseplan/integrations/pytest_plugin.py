@@ -195,7 +195,7 @@ class FusionLockFixture:
                 request.node.user_properties.append((WRITTEN, shown))
             return report, None
         differing, breaks = drifts(lock, report), tuple(map(str, report.breaks))
-        return report, Verdict(path=shown, lock=lock, found=found, drifts=differing, breaks=breaks, mend=MEANT)
+        return report, Verdict(path=shown, lock=lock, found=found, drifts=differing, breaks=breaks, fix=MEANT)
 
 
 @pytest.fixture
@@ -288,7 +288,7 @@ def _warn(report: "Report") -> None:
     from fuseplan.report.text import warnings_of
 
     for warning in warnings_of(report):
-        text = "; ".join(filter(None, (warning.detail, warning.mend)))
+        text = "; ".join(filter(None, (warning.detail, warning.fix)))
         warnings.warn(text, FuseplanWarning, stacklevel=3)
 
 

@@ -28,7 +28,7 @@ class Shared:
             self._decisive[key] = [*map([*way.nodes].index, found.nodes)], found.suffices
         chosen, suffices = self._decisive[key]
         reported = obstruction([way.nodes[index] for index in chosen], way.goal, consumer)
-        return reported if suffices else replace(reported, mend=None)
+        return reported if suffices else replace(reported, fix=None)
 
 
 def _kind_of_way(way: Way) -> str:

@@ -217,7 +217,7 @@ def _restrided(canonical: CanonicalGraph, match: Match) -> Refusal | None:
             detail = f"{op_name(reader)} ({names[0]}) reads the memory of {op_name(node)} ({names[1]}) by its strides"
             return refusal_of(
                 match, Reason.LAYOUT, detail, names, reader, expected="readers by shape", found=op_name(reader),
-                mend="index, slice or reshape instead",
+                fix="index, slice or reshape instead",
             )  # fmt: skip
     return None
 
@@ -231,7 +231,7 @@ def _unkept(canonical: CanonicalGraph, match: Match, unkept: Unkept) -> Refusal:
     return refusal_of(
         match, Reason.LAYOUT, detail, names, node if reader.op == "output" else reader,
         expected="readers by shape", found=op_name(reader),
-        mend=f"read what {op_name(node)} yields through .contiguous()",
+        fix=f"read what {op_name(node)} yields through .contiguous()",
     )  # fmt: skip
 
 
@@ -252,7 +252,7 @@ def _illegal(canonical: CanonicalGraph, match: Match) -> Refusal | None:
         return refusal_of(
             match, Reason.MUTATION, detail, (canonical.source_node(writer).name, *names()), writer,
             expected="no in-place op", found=op_name(writer),
-            mend=None if _write_to(writers, consumed) else "write in place before or after all of them",
+            fix=None if _write_to(writers, consumed) else "write in place before or after all of them",
         )  # fmt: skip
     inputs = [value for value in match.values.values() if isinstance(value, fx.Node)]
     if not is_convex(consumed, inputs):
@@ -276,10 +276,10 @@ def _unknown_group(match: Match) -> Refusal | None:
     if name is None or group_size(name) is not None:
         return None
     detail = f"the process group {name!r} of the all-reduce isn't known in this process"
-    mend = "initialise torch.distributed and the group before the model is compiled"
+    fix = "initialise torch.distributed and the group before the model is compiled"
     return refusal_of(
         match, Reason.GROUP, detail, (match.core.name,), match.core, expected="a group of this process",
-        found=f"group {name!r}", mend=mend,
+        found=f"group {name!r}", fix=fix,
     )  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def find_disabled(matches: Matches, flags: Mapping[str, str]) -> tuple[Refusal, 
         Refusal(
             reason=Reason.DISABLED, rule=name, op=match.rule.core.name, nodes=(match.core.name,),
             detail=f"it matches, and {flags[name]}=False switches it off", source=place_of(match.core),
-            mend=f"leave {flags[name]} out, or set it to True", nearness=Nearness.REFUSED, site=place_of(match.core),
+            fix=f"leave {flags[name]} out, or set it to True", nearness=Nearness.REFUSED, site=place_of(match.core),
             expected=f"{flags[name]} not False", found=f"{flags[name]}=False", line=source_line(match.core),
             code=source_code(match.core),
         )

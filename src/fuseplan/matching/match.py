@@ -101,11 +101,11 @@ class Matches:
 
 def refusal_of(
     match: Match, reason: Reason, detail: str, nodes: tuple[str, ...], place: fx.Node, *, expected: str | None = None,
-    found: str | None = None, mend: str | None = None, provider: str | None = None,
+    found: str | None = None, fix: str | None = None, provider: str | None = None,
 ) -> Refusal:  # fmt: skip
     """The refusal of a match that has all ops of the pattern."""
     return Refusal(
         reason=reason, rule=match.rule.name, op=match.rule.core.name, detail=detail, nodes=nodes,
-        source=place_of(place), mend=mend, nearness=Nearness.REFUSED, expected=expected, found=found,
+        source=place_of(place), fix=fix, nearness=Nearness.REFUSED, expected=expected, found=found,
         provider=provider, site=place_of(match.core), line=source_line(place), code=source_code(place),
     )  # fmt: skip

@@ -263,7 +263,7 @@ class _Search:
             blame = part.added_twice(added)
             return self._refuse(
                 core, blame.reason, blame.detail, nearness=Nearness.OBSTRUCTED, expected=f"one {op.name}",
-                found=blame.found, site=place_of(core), mend=blame.mend, further=(node,),
+                found=blame.found, site=place_of(core), fix=blame.fix, further=(node,),
             )  # fmt: skip
         assert isinstance(other, fx.Node), core.format_node()
         others = [user for user in node.users if user is not core]
@@ -292,15 +292,15 @@ class _Search:
         found = op_name(place) if place is not None else "an input of the graph"
         detail = f"{op.name} is added as the residual of {added}"
         expected = op.name
-        mend: str | None = f"swap the two addends of {added}"
+        fix: str | None = f"swap the two addends of {added}"
         if path_between(other, lambda each: each.target is op.overload, "inputs") is not None:
             detail += f", whose other addend, {found}, is computed from {op.name}, too"
-            expected, found, mend = f"one {op.name}", f"two of {op.name}", None
+            expected, found, fix = f"one {op.name}", f"two of {op.name}", None
         else:
             detail += f": the rule has it in the place of the other addend, {found}"
         return self._refuse(
             core, Reason.OP, detail, nearness=Nearness.OBSTRUCTED, expected=expected, found=found,
-            site=place_of(core), mend=mend, further=(node,),
+            site=place_of(core), fix=fix, further=(node,),
         )  # fmt: skip
 
     def _explain(self, attempt: Attempt) -> Refusal:
@@ -346,7 +346,7 @@ class _Search:
         obstruction = self.shared.obstruction(place, gap.consumer)
         return self._refuse(
             obstruction.node, obstruction.reason, obstruction.detail, nearness=Nearness.OBSTRUCTED,
-            expected=gap.expected, found=obstruction.found, site=place_of(site), mend=obstruction.mend,
+            expected=gap.expected, found=obstruction.found, site=place_of(site), fix=obstruction.fix,
             further=(*gap.way, gap.consumer, gap.goal),
         )  # fmt: skip
 
@@ -357,12 +357,12 @@ class _Search:
 
     def _refuse(
         self, node: fx.Node, reason: Reason, detail: str, *, nearness: Nearness, expected: str, found: str,
-        site: str | None, mend: str | None = None, further: Iterable[fx.Node] = (),
+        site: str | None, fix: str | None = None, further: Iterable[fx.Node] = (),
     ) -> Refusal:  # fmt: skip
         names = dict.fromkeys(self.canonical.source_node(each).name for each in (node, *further))
         return Refusal(
             reason=reason, rule=self.name, op=self.members[0].core.name, detail=detail, nodes=tuple(names),
-            source=place_of(node) or site, mend=mend, nearness=nearness, expected=expected, found=found, site=site,
+            source=place_of(node) or site, fix=fix, nearness=nearness, expected=expected, found=found, site=site,
             line=source_line(node), code=source_code(node),
         )  # fmt: skip
 

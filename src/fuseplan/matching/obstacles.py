@@ -32,14 +32,14 @@ class Obstruction:
         reason: its kind.
         found: the op that it calls.
         detail: for a person.
-        mend: how to fix it, if known.
+        fix: how to fix it, if known.
     """
 
     node: fx.Node
     reason: Reason
     found: str
     detail: str
-    mend: str | None
+    fix: str | None
 
 
 def without_taken(way: Sequence[fx.Node], goal: fx.Node) -> list[fx.Node]:
@@ -80,7 +80,7 @@ def obstruction(way: Sequence[fx.Node], goal: fx.Node, consumer: fx.Node) -> Obs
     if isinstance(part := part_at(node), Prologue) and part.twice is not None:
         # Of two in a row the first is to blame: the second is next to the consumer.
         blame = part.twice(goal, node, after)
-        return Obstruction(node=goal, reason=blame.reason, found=blame.found, detail=blame.detail, mend=blame.mend)
+        return Obstruction(node=goal, reason=blame.reason, found=blame.found, detail=blame.detail, fix=blame.fix)
     reader = _other_reader(node, goal)
     if reader is not None and not is_view(reader):
         return _read_elsewhere(reader, node, goal)
@@ -88,11 +88,11 @@ def obstruction(way: Sequence[fx.Node], goal: fx.Node, consumer: fx.Node) -> Obs
     others = [name for name in dict.fromkeys(op_name(each) for each in way) if name != found]
     reason, why = _judge(node, in_place, reader, before)
     hints = list(dict.fromkeys(hint(each, goal, consumer) for each in way))
-    mend = None if None in hints else "; ".join(filter(None, hints))
+    fix = None if None in hints else "; ".join(filter(None, hints))
     too = f"; so {'does' if len(others) == 1 else 'do'} {' and '.join(others)}" if others else ""
     title = f"{in_place}, an in-place op ({found})" if in_place and in_place != found else found
     detail = f"{title} stands between {before} and {after}{why}{too}"
-    return Obstruction(node=node, reason=reason, found=found, detail=detail, mend=mend)
+    return Obstruction(node=node, reason=reason, found=found, detail=detail, fix=fix)
 
 
 def _other_reader(node: fx.Node, goal: fx.Node) -> fx.Node | None:
@@ -108,7 +108,7 @@ def _read_elsewhere(reader: fx.Node, view: fx.Node, goal: fx.Node) -> Obstructio
     returned = reader.op == "output"
     how = "returned from the graph, too" if returned else f"also read by {found} ({reader.name})"
     return Obstruction(
-        node=view if returned else reader, reason=Reason.USERS, found=found, mend=None,
+        node=view if returned else reader, reason=Reason.USERS, found=found, fix=None,
         detail=f"{before} is {how}, so that {op_name(view)} can't be moved before it",
     )  # fmt: skip
 

@@ -50,13 +50,13 @@ class Declined:
     detail: str
     expected: str | None
     found: str | None
-    mend: str | None
+    fix: str | None
 
     def of(self, match: Match) -> Refusal:
         """The refusal of a match."""
         return refusal_of(
             match, self.reason, self.detail, (match.core.name,), match.core, expected=self.expected, found=self.found,
-            mend=self.mend, provider=self.provider,
+            fix=self.fix, provider=self.provider,
         )  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def offers_of(
         if refusal is not None:
             declined.append(
                 Declined(
-                    provider.name, refusal.reason, refusal.detail, refusal.expected, refusal.found, refusal.mend
+                    provider.name, refusal.reason, refusal.detail, refusal.expected, refusal.found, refusal.fix
                 )
             )  # fmt: skip
         elif fits and offer.leaves_out is None:
@@ -92,8 +92,8 @@ def offers_of(
             differences = [] if fits else [_rounds(computed, rounding)]
             differences += [f"doesn't round {offer.leaves_out}, as the graph does"] if offer.leaves_out else []
             detail = f"{provider.name}'s {rule.op.name} {'; it '.join(differences)}"
-            mend = "set allow_rounding_changes" if near or fits else None
-            declined.append(Declined(provider.name, Reason.ROUNDING, detail, computed, str(rounding), mend))
+            fix = "set allow_rounding_changes" if near or fits else None
+            declined.append(Declined(provider.name, Reason.ROUNDING, detail, computed, str(rounding), fix))
     return taken, declined
 
 
@@ -105,7 +105,7 @@ def unready_of(
         if match.rule.op.name in provider.offers(device):
             detail = f"{provider.name} can't run here: {why.detail}"
             yield refusal_of(
-                match, why.reason, detail, (match.core.name,), match.core, mend=why.mend, provider=provider.name
+                match, why.reason, detail, (match.core.name,), match.core, fix=why.fix, provider=provider.name
             )
 
 
@@ -123,7 +123,7 @@ def _beyond(
     bounded = falls_back(match.rule.op.name, provider)
     if not isinstance(held, int):  # the width is dynamic
         detail = f"{provider} takes as many rows as their width lets it, and the width isn't known"
-        return None if bounded else Refusal(reason=Reason.SIZE, detail=detail, mend="mark the width static")
+        return None if bounded else Refusal(reason=Reason.SIZE, detail=detail, fix="mark the width static")
     wanted = planned if bounded else most
     if wanted <= held:
         return None
@@ -131,7 +131,7 @@ def _beyond(
     has = f"the range has up to {wanted}" if most < math.inf else "nothing limits those of the graph"
     return Refusal(
         reason=Reason.SIZE, detail=f"{provider} takes up to {held} rows of this width, and {has}",
-        expected=f"at most {held} rows", found=found, mend=f"end a compile range at {held} tokens",
+        expected=f"at most {held} rows", found=found, fix=f"end a compile range at {held} tokens",
     )  # fmt: skip
 
 

@@ -213,7 +213,7 @@ class AllReduceGate(Gate):
             return None
         return Refusal(
             reason=Reason.SIZE, detail=f"{self.name} pads by multiples of {step} in this dtype, not by {right}",
-            expected=f"a pad by a multiple of {step}", found=f"a pad by {right}", mend="let another provider run it",
+            expected=f"a pad by a multiple of {step}", found=f"a pad by {right}", fix="let another provider run it",
         )  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def _apart(m: Any) -> Refusal | None:
         if not equal_size(value.stride(-1), 1) and not equal_size(value.shape[-1], 1):
             strides = tuple(value.stride())
             detail = f"torch's kernels take heads whose elements lie side by side; strides of {name} are {strides}"
-            return Refusal(reason=Reason.LAYOUT, detail=detail, mend=f"make {name} contiguous")
+            return Refusal(reason=Reason.LAYOUT, detail=detail, fix=f"make {name} contiguous")
     return None
 
 

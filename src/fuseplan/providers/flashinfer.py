@@ -213,7 +213,7 @@ class AllReduceGate(Gate):
             if _is_older(first):
                 here = f"flashinfer-python {PROVIDER.version()} is installed"
                 detail = f"{here}, and {self.name} has {what} from {first} on"
-                return Refusal(reason=Reason.PROVIDER, detail=detail, mend=PROVIDER.install)
+                return Refusal(reason=Reason.PROVIDER, detail=detail, fix=PROVIDER.install)
         return super().__call__(m)
 
     def limits(self) -> tuple[str, ...]:

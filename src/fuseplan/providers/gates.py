@@ -174,7 +174,7 @@ class Gate:
             reason=Reason.SIZE,
             detail=f"{self.name} takes hidden sizes {taken} in {dtype_text(x.dtype)}, not {width}",
             expected=f"hidden size {expected}", found=f"hidden size {width}",
-            mend="let another provider run it",
+            fix="let another provider run it",
         )  # fmt: skip
 
     def _group(self, name: str | None) -> Refusal | None:
@@ -199,7 +199,7 @@ class Gate:
             detail=f"{self.name} serves ranks of one machine; of group {name!r}, rank "
             f"{', '.join(map(str, others))} is on another one",
             expected="ranks of one machine", found="ranks of several machines",
-            mend="give tensor parallelism a group within a machine",
+            fix="give tensor parallelism a group within a machine",
         )  # fmt: skip
 
     def _layout(self, x: Tensor) -> Refusal | None:
@@ -211,7 +211,7 @@ class Gate:
             detail=f"{self.name} takes activations that lie row after row in memory; their strides are {strides}",
             expected="contiguous activations",
             found="another order of dimensions",
-            mend="make them contiguous before, or reduce before they are transposed",
+            fix="make them contiguous before, or reduce before they are transposed",
         )
 
 
@@ -233,7 +233,7 @@ class Unshared:
         return Refusal(
             reason=Reason.GROUP, detail=f"the ranks of group {name!r} can't share memory: {self.why}",
             expected="ranks that reach each other's memory",
-            mend="run the ranks of a group where they reach each other's memory",
+            fix="run the ranks of a group where they reach each other's memory",
         )  # fmt: skip
 
 

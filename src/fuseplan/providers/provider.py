@@ -100,7 +100,7 @@ class Provider:
         if device is not None:
             return None
         if self.package is not None and importlib.util.find_spec(self.package) is None:
-            return self._refuse(f"the package {self.package} is not installed", mend=self.install)
+            return self._refuse(f"the package {self.package} is not installed", fix=self.install)
         return self._outdated() or self._unready()
 
     def _unready(self) -> Refusal | None:
@@ -117,7 +117,7 @@ class Provider:
                 f"available() of {self.name} returns {one_line(repr(why), 80)}: allowed are None and a line that says "
                 "why it can't run here"
             )
-        return None if why is None else self._refuse(one_line(why), mend=self.install or None)
+        return None if why is None else self._refuse(one_line(why), fix=self.install or None)
 
     def _outdated(self) -> Refusal | None:
         """The refusal of the installed package, or None."""
@@ -130,7 +130,7 @@ class Provider:
             detail = f"{name} {version} is installed, and {self.oldest} is the oldest that will do"
         else:
             return None
-        return self._refuse(detail, mend=self.install)
+        return self._refuse(detail, fix=self.install)
 
     def version(self) -> str | None:
         """The version of the package it needs; None if it needs none or the package isn't installed."""
@@ -141,8 +141,8 @@ class Provider:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    def _refuse(self, detail: str, mend: str | None = None) -> Refusal:
-        return Refusal(reason=Reason.PROVIDER, detail=detail, mend=mend)
+    def _refuse(self, detail: str, fix: str | None = None) -> Refusal:
+        return Refusal(reason=Reason.PROVIDER, detail=detail, fix=fix)
 
 
 def provider_of(

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fuseplan.record.refusal import Nearness, Reason, Refusal
+from fuseplan.record.serialization import JSON_NAME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,7 @@ class NearMiss:
         detail: the first of them, for a person.
         source: the first place in the user's model.
         count: in how many places, over all graphs and ranges.
-        mend: how to fix it, if known.
+        fix: how to fix it, if known.
         nearness: how much of a match there is.
         expected: the op or condition that the pattern or predicate requires, the same in all of them.
         found: the actual op or value, the same in all of them.
@@ -37,7 +38,7 @@ class NearMiss:
     detail: str
     source: str | None
     count: int
-    mend: str | None
+    fix: str | None = field(metadata={JSON_NAME: "mend"})
     nearness: Nearness
     expected: str | None = None
     found: str | None = None

@@ -1,7 +1,9 @@
 """Why something was not fused. A refusal is a value: it is shown, counted and tested, never swallowed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+
+from fuseplan.record.serialization import JSON_NAME
 
 
 class Reason(StrEnum):
@@ -85,7 +87,7 @@ class Refusal:
         op: the dialect op at the heart of it, if there is one.
         nodes: names of the FX nodes concerned, the one in the way first.
         source: module path or line of the user's model, of the node in the way, if known.
-        mend: how to fix it, if known.
+        fix: how to fix it, if known.
         nearness: how much of a match there is; None where no place in a graph is concerned.
         expected: the op that the pattern has instead of the node in the way, or the condition of the predicate.
         found: the actual op or value.
@@ -101,7 +103,7 @@ class Refusal:
     op: str | None = None
     nodes: tuple[str, ...] = ()
     source: str | None = None
-    mend: str | None = None
+    fix: str | None = field(default=None, metadata={JSON_NAME: "mend"})
     nearness: Nearness | None = None
     expected: str | None = None
     found: str | None = None

@@ -18,7 +18,7 @@ T = TypeVar("T")
 def to_json(value: Any) -> Any:
     """A record as input of `json.dumps`: dataclasses become objects, tuples lists, enums their values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {json_name(field): to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
@@ -26,6 +26,13 @@ def to_json(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [to_json(item) for item in value]
     return value
+
+
+def json_name(field: "dataclasses.Field[Any]") -> str:
+    """The name of a dataclass field in JSON: its own, or the one in its metadata, which JSON keeps where the attribute
+    is renamed.
+    """
+    return str(field.metadata.get(JSON_NAME, field.name))
 
 
 def from_json(kind: type[T], data: Any) -> T:
@@ -44,6 +51,8 @@ def from_json(kind: type[T], data: Any) -> T:
 
 
 LONGEST_WHERE = 120
+JSON_NAME = "json"
+"""The key in a dataclass field's metadata."""
 
 
 class _MisfitError(Exception):
@@ -102,19 +111,19 @@ def _decode_dataclass(kind: Any, data: Any) -> Any:
             misfit = _MisfitError(f"one of the fields {sorted(fields)}", name)
             misfit.steps.append(f".{name}")
             raise misfit
-    for name, (_, is_required) in fields.items():
+    for name, (_, _, is_required) in fields.items():
         if is_required and name not in data:
             raise _MisfitError(f"a field {name!r}", sorted(data))
-    return kind(**{name: _within(f".{name}", fields[name][0], item) for name, item in data.items()})
+    return kind(**{fields[name][0]: _within(f".{name}", fields[name][1], item) for name, item in data.items()})
 
 
 @cache
-def _fields(kind: Any) -> Mapping[str, tuple[Any, bool]]:
-    """The type of each field of a dataclass, and whether data must have it."""
+def _fields(kind: Any) -> Mapping[str, tuple[str, Any, bool]]:
+    """By the name of each field of a dataclass in JSON: its attribute, its type, and whether data must have it."""
     hints = typing.get_type_hints(kind)
     missing = (dataclasses.MISSING, dataclasses.MISSING)
     return {
-        field.name: (hints[field.name], (field.default, field.default_factory) == missing)
+        json_name(field): (field.name, hints[field.name], (field.default, field.default_factory) == missing)
         for field in dataclasses.fields(kind)
     }
 

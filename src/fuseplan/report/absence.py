@@ -2,14 +2,15 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
 from fuseplan.record import GraphBreak, Loss, NearMiss, Nearness, Reason, Refusal, Report
 from fuseplan.record.near_miss import cause_of, near_misses_of
+from fuseplan.record.serialization import JSON_NAME
 from fuseplan.record.text import count_of
-from fuseplan.report.lock import Kernel, Span
+from fuseplan.report.lock import Applied, Span
 from fuseplan.report.places import module_of, places
 from fuseplan.report.text import enumerate_names, policy_name
 
@@ -57,7 +58,7 @@ class Absence:
         lost_us: how much less a place would save with it, the mean over places; negative where it would save more.
         line: `file.py:12` of the user's model, if known.
         code: the text of that line, if known.
-        mend: how to fix it, if known.
+        fix: how to fix it, if known.
     """
 
     kind: AbsenceKind
@@ -67,7 +68,7 @@ class Absence:
     lost_us: float | None = None
     line: str | None = None
     code: str | None = None
-    mend: str | None = None
+    fix: str | None = field(default=None, metadata={JSON_NAME: "mend"})
 
 
 class Finding(NamedTuple):
@@ -87,13 +88,13 @@ class Witness:
     def __init__(self, report: Report) -> None:
         self.report = report
         self._losses: dict[tuple[Span, str, str | None], list[Loss]] = defaultdict(list)
-        self._matches: dict[tuple[Span, str, str | None], dict[str, set[Kernel]]] = defaultdict(dict)
+        self._matches: dict[tuple[Span, str, str | None], dict[str, set[Applied]]] = defaultdict(dict)
         self._refusals: dict[tuple[Span, str | None], list[Refusal]] = defaultdict(list)
         self._left_alone: dict[Span, list[Refusal]] = defaultdict(list)
         for graph in report.graphs:
             for fusion in (*graph.applied, *(loss.fusion for loss in graph.lost)):
                 at_site = self._matches[graph.range, fusion.rule, module_of(fusion.source)]
-                at_site.setdefault(f"{graph.graph} {fusion.site}", set()).add(Kernel.of(fusion))
+                at_site.setdefault(f"{graph.graph} {fusion.site}", set()).add(Applied.of(fusion))
             for loss in graph.lost:
                 self._losses[graph.range, loss.fusion.rule, module_of(loss.fusion.source)].append(loss)
             for refusal in graph.refusals:
@@ -108,7 +109,7 @@ class Witness:
         for index in (self._matches, self._losses, self._refusals, self._left_alone, self._in_layers):
             index.default_factory = None  # a lock may ask for more places than the report has
 
-    def about(self, kernel: Kernel, span: Span, place: str | None, count: int = 1) -> list[Finding]:
+    def about(self, kernel: Applied, span: Span, place: str | None, count: int = 1) -> list[Finding]:
         """Why a fusion isn't at a place, for each of `count` of them.
 
         Args:
@@ -121,14 +122,14 @@ class Witness:
         if policy is not None:
             return [policy] * count
         losses = self._losses.get((span, kernel.rule, place), [])
-        mine = [loss for loss in losses if Kernel.of(loss.fusion) == kernel]
+        mine = [loss for loss in losses if Applied.of(loss.fusion) == kernel]
         found = [_of_loss(loss) for loss in mine]
         for further in (self._refused, self._changed, self._nearest):
             found += further(kernel, span, place) if len(found) < count else ()
         found = found or [self._nothing(kernel, span)]
         return found[:count] + found[:1] * (count - len(found))
 
-    def is_gone(self, kernel: Kernel, span: Span, place: str) -> bool:
+    def is_gone(self, kernel: Applied, span: Span, place: str) -> bool:
         """Whether a place has gone, as far as a rule can tell: it has neither a match nor a near miss there."""
         is_there = (span, kernel.rule, place) in self._matches or self._refused(kernel, span, place)
         return not is_there and self.policy_off(kernel.rule) is None
@@ -160,13 +161,13 @@ class Witness:
         for span, refusals in self._left_alone.items():
             yield from ((Finding(AbsenceKind.LEFT_ALONE, refusal), span, None) for refusal in refusals)
 
-    def _refused(self, kernel: Kernel, span: Span, place: str | None) -> list[Finding]:
+    def _refused(self, kernel: Applied, span: Span, place: str | None) -> list[Finding]:
         """The rule's near misses at the place itself."""
         here = self._refusals.get((span, place), [])
         mine = [each for each in here if each.rule == kernel.rule and _concerns(each, kernel)]
         return _near([each for each in mine if each.nearness not in (Nearness.MISSING, Nearness.ABSENT)])
 
-    def _nearest(self, kernel: Kernel, span: Span, place: str | None) -> list[Finding]:
+    def _nearest(self, kernel: Applied, span: Span, place: str | None) -> list[Finding]:
         """Distant near misses of the rule at the place, else any refusal there, else the rule's in the same layer, else
         the ops that the place lacks beside other layers, which is a guess; the nearest first.
         """
@@ -191,7 +192,7 @@ class Witness:
         layer = layer_of(place)
         return self._in_layers.get((span, layer), []) if layer is not None else []
 
-    def _nothing(self, kernel: Kernel, span: Span) -> Finding:
+    def _nothing(self, kernel: Applied, span: Span) -> Finding:
         """The finding where the report has nothing about a place."""
         if span in self._left_alone:
             return Finding(AbsenceKind.LEFT_ALONE, self._left_alone[span][0])
@@ -212,7 +213,7 @@ class Witness:
         graphs = count_of(len({graph.graph for graph in self.report.graphs}), "graph")
         return f"the model is traced in {graphs}, broken at {', '.join(lines[:MOST_BREAKS])}{more}"
 
-    def _changed(self, kernel: Kernel, span: Span, place: str | None) -> list[Finding]:
+    def _changed(self, kernel: Applied, span: Span, place: str | None) -> list[Finding]:
         """The other ops or providers that the rule matches with at the place. Their losses don't explain this kernel's
         absence; that it isn't among them does.
         """
@@ -277,14 +278,14 @@ def _of_loss(loss: Loss) -> Finding:
     return Finding(AbsenceKind.CONFLICT if loss.blocked_by else AbsenceKind.NOT_WORTH_IT, loss)
 
 
-def _winners(loss: Loss) -> tuple[Kernel, ...]:
-    return tuple(sorted({Kernel.of(winner) for winner in loss.blocked_by}))
+def _winners(loss: Loss) -> tuple[Applied, ...]:
+    return tuple(sorted({Applied.of(winner) for winner in loss.blocked_by}))
 
 
 def _of_row(kind: AbsenceKind, row: NearMiss) -> Absence:
     return Absence(
         kind=kind, detail=row.detail, near_miss=row if kind is AbsenceKind.NEAR_MISS else None, line=row.line,
-        code=row.code, mend=row.mend,
+        code=row.code, fix=row.fix,
     )  # fmt: skip
 
 
@@ -293,16 +294,16 @@ def _of_contest(kind: AbsenceKind, losses: Sequence[Loss]) -> Absence:
     margins = [loss.lost_ns for loss in losses if loss.lost_ns is not None]
     lost_us = round(sum(margins) / len(margins) / 1000, 3) if margins else None
     if kind is AbsenceKind.FORBIDDEN:
-        detail, mend = "it matches, and is forbidden", "don't forbid it"
+        detail, fix = "it matches, and is forbidden", "don't forbid it"
     elif kind is AbsenceKind.NOT_WORTH_IT:
         cheaper = "" if lost_us is None else f" {lost_us:.1f} us a place"
-        detail, mend = f"it matches, and leaving it to Inductor is{cheaper} cheaper", None
+        detail, fix = f"it matches, and leaving it to Inductor is{cheaper} cheaper", None
     else:
         names = " and ".join(f"{winner.rule} by {winner.provider}" for winner in winners)
-        detail, mend = f"it matches, and lost its nodes to {names}{_lead(lost_us)}", None
+        detail, fix = f"it matches, and lost its nodes to {names}{_lead(lost_us)}", None
     return Absence(
         kind=kind, detail=detail, winners=tuple(map(str, winners)) if kind is AbsenceKind.CONFLICT else (),
-        lost_us=lost_us, mend=mend,
+        lost_us=lost_us, fix=fix,
     )  # fmt: skip
 
 
@@ -313,7 +314,7 @@ def _lead(lost_us: float | None) -> str:
     return f", {abs(lost_us):.1f} us a place {'behind' if lost_us < 0 else 'ahead'}"
 
 
-def _concerns(refusal: Refusal, kernel: Kernel) -> bool:
+def _concerns(refusal: Refusal, kernel: Applied) -> bool:
     """Whether a refusal can explain a kernel's absence: one provider may take the arguments that another declines."""
     is_mine = (refusal.rule, refusal.provider) == (kernel.rule, kernel.provider)
     return is_mine or refusal.nearness is not Nearness.DECLINED

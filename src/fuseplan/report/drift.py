@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from fuseplan.record import Report
 from fuseplan.report.absence import Absence, AbsenceKind, Finding, Witness, absences, layer_of
-from fuseplan.report.lock import FusionLock, Kernel, Placed, Span, placed_in, span_text
+from fuseplan.report.lock import Applied, FusionLock, Placed, Span, placed_in, span_text
 from fuseplan.report.places import fold
 
 
@@ -62,8 +62,8 @@ class _Unit(NamedTuple):
 
     span: Span
     place: str | None
-    before: Kernel | None
-    after: Kernel | None
+    before: Applied | None
+    after: Applied | None
     finding: Finding | None = None
 
 
@@ -80,7 +80,7 @@ def drifts(lock: FusionLock, report: Report) -> tuple[Drift, ...]:
     ]
     explained = [unit for unit in units if unit.finding is not None]
     by_unit = absences([unit.finding for unit in explained if unit.finding is not None])
-    rows: dict[tuple[int | None, Kernel | None, Kernel | None], list[_Unit]] = defaultdict(list)
+    rows: dict[tuple[int | None, Applied | None, Applied | None], list[_Unit]] = defaultdict(list)
     causes = {id(cause): cause for cause in by_unit}
     for unit, cause in zip(explained, by_unit, strict=True):
         rows[id(cause), unit.before, unit.after].append(unit)
@@ -102,7 +102,7 @@ def _units(before: Placed, after: Placed, span: Span, witness: Witness) -> Itera
         yield _Unit(span, old, kernel, kernel, Finding(AbsenceKind.RENAMED, now=new))
     lost, gained = +lost, +gained
     # The kernels that are new at a place. Places without a module path can't be distinguished.
-    come: dict[str | None, list[Kernel]] = defaultdict(list)
+    come: dict[str | None, list[Applied]] = defaultdict(list)
     for (kernel, place), count in sorted(gained.items(), key=_by_text, reverse=True):
         if place is not None:
             come[place] += [kernel] * count
@@ -116,13 +116,13 @@ def _units(before: Placed, after: Placed, span: Span, witness: Witness) -> Itera
         yield from (_Unit(span, place, None, kernel) for _ in range(count))
 
 
-def _renamed(lost: Placed, gained: Placed, span: Span, witness: Witness) -> list[tuple[Kernel, str, str]]:
+def _renamed(lost: Placed, gained: Placed, span: Span, witness: Witness) -> list[tuple[Applied, str, str]]:
     """Fusions that are still in their layer, at places with other names: (kernel, name before, name now). Where a layer
     has several, they can't be told apart, and so there have to be as many as before.
     """
     taken = {place for _, place in lost}, {place for _, place in gained}
-    old: dict[tuple[Kernel, str], list[str]] = defaultdict(list)
-    new: dict[tuple[Kernel, str], list[str]] = defaultdict(list)
+    old: dict[tuple[Applied, str], list[str]] = defaultdict(list)
+    new: dict[tuple[Applied, str], list[str]] = defaultdict(list)
     for counts, others, found in ((lost, taken[1], old), (gained, taken[0], new)):
         for (kernel, place), count in sorted(counts.items(), key=_by_text):
             layer = layer_of(place)
@@ -136,7 +136,7 @@ def _renamed(lost: Placed, gained: Placed, span: Span, witness: Witness) -> list
     ]
 
 
-def _by_text(item: tuple[tuple[Kernel, str | None], int]) -> tuple[Kernel, str]:
+def _by_text(item: tuple[tuple[Applied, str | None], int]) -> tuple[Applied, str]:
     (kernel, place), _ = item
     return kernel, place or ""
 

@@ -35,7 +35,7 @@ Span = tuple[int, int] | None
 """A compile range: its first and last number of tokens; None where they aren't limited."""
 
 
-class Kernel(NamedTuple):
+class Applied(NamedTuple):
     """The kernel applied at a place."""
 
     rule: str
@@ -43,12 +43,12 @@ class Kernel(NamedTuple):
     provider: str
 
     @classmethod
-    def of(cls, fusion: Fusion) -> "Kernel":
+    def of(cls, fusion: Fusion) -> "Applied":
         """The kernel of a fusion."""
         return cls(fusion.rule, fusion.op, fusion.provider)
 
     @classmethod
-    def parse(cls, text: str) -> "Kernel":
+    def parse(cls, text: str) -> "Applied":
         """The inverse of `str`.
 
         Raises:
@@ -63,7 +63,7 @@ class Kernel(NamedTuple):
         return " ".join(self)
 
 
-Placed = Counter[tuple[Kernel, str | None]]
+Placed = Counter[tuple[Applied, str | None]]
 """How often each kernel is applied at each module path; None: at places without one."""
 
 
@@ -193,7 +193,7 @@ class FusionLock:
             spans = [parse_span(text) for text in key.split(", ")]
             counts = Placed()
             for text, lines in kernels.items():
-                kernel = Kernel.parse(text)
+                kernel = Applied.parse(text)
                 found = unfold(lines, left)
                 left -= found.total() * len(spans)
                 if left < 0:
@@ -260,7 +260,7 @@ def check_writable(path: Path) -> None:
 def placed_in(report: Report, span: Span) -> Placed:
     """The kernels that a report applies in one range, over all of its graphs."""
     return Placed(
-        (Kernel.of(fusion), module_of(fusion.source))
+        (Applied.of(fusion), module_of(fusion.source))
         for graph in report.graphs
         if graph.range == span
         for fusion in graph.applied
@@ -273,7 +273,7 @@ def _sorted(value: Any) -> Any:
 
 
 def _folded(placed: Placed) -> dict[str, tuple[str, ...]]:
-    counts: dict[Kernel, dict[str | None, int]] = {}
+    counts: dict[Applied, dict[str | None, int]] = {}
     for (kernel, place), count in placed.items():
         counts.setdefault(kernel, {})[place] = count
     return {str(kernel): fold(counts[kernel]) for kernel in sorted(counts)}

@@ -62,16 +62,16 @@ def _paragraph(cause: Cause) -> Iterator[RenderableType]:
     at = "  ".join(dict.fromkeys(part for part in (shown, row.line) if part))
     if at or row.code:
         yield indented(Text.assemble("at    ", at, (f"  {row.code}" if row.code else "", "italic dim")))
-    if row.mend:
-        yield indented(Text.assemble(("fix   ", "green"), row.mend))
+    if row.fix:
+        yield indented(Text.assemble(("fix   ", "green"), row.fix))
 
 
 def _declined(rows: Sequence[NearMiss]) -> Iterator[str]:
     """Providers that decline matches which others take."""
     for cause in causes(row for row in rows if row.nearness is Nearness.DECLINED):
         row = cause.row
-        mend = f"; {row.mend}" if row.mend else ""
-        yield f"{enumerate_names(cause.rules)} in {count_of(row.count, 'place')}: {row.detail}{mend}"
+        fix = f"; {row.fix}" if row.fix else ""
+        yield f"{enumerate_names(cause.rules)} in {count_of(row.count, 'place')}: {row.detail}{fix}"
 
 
 def _far(rows: Sequence[NearMiss]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from rich.text import Text
 from fuseplan.record.text import count_of, printable
 from fuseplan.report.absence import Absence
 from fuseplan.report.drift import Drift, Where
-from fuseplan.report.lock import Kernel
+from fuseplan.report.lock import Applied
 from fuseplan.report.text import entry
 
 MOST_LINES = 6
@@ -58,8 +58,8 @@ def cause_lines(cause: Absence) -> list[Line]:
     lines = [Line("why", why)]
     if cause.line is not None:
         lines.append(Line("", f"{cause.line}: {cause.code}" if cause.code else cause.line))
-    if cause.mend is not None:
-        lines.append(Line("fix", cause.mend))
+    if cause.fix is not None:
+        lines.append(Line("fix", cause.fix))
     return lines
 
 
@@ -103,7 +103,7 @@ def render_paragraphs(paragraphs: Iterable[Sequence[Line]]) -> RenderableType:
 
 def _title(drift: Drift) -> str:
     """The fusion before and after; one of them where both are the same, at a place with another name."""
-    kernels = [Kernel.parse(text) for text in dict.fromkeys((drift.before, drift.after)) if text is not None]
+    kernels = [Applied.parse(text) for text in dict.fromkeys((drift.before, drift.after)) if text is not None]
     tells_apart = len({(kernel.rule, kernel.provider) for kernel in kernels}) == len(kernels)
     names = [f"{each.rule}{'' if tells_apart else f' ({each.op})'} by {each.provider}" for each in kernels]
     return " -> ".join(names)

@@ -7,7 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fuseplan.record import Comparison, Report
-from fuseplan.report.savings import Saved, Span, counts_of_step, is_fixed, is_starved, spans_of, us
+from fuseplan.report.lock import Span
+from fuseplan.report.savings import Saved, counts_of_step, is_fixed, is_starved, spans_of, us
 from fuseplan.report.text import enumerate_names, indented, policy_name, tokens_of
 
 LONGEST_NAME = 24

@@ -8,9 +8,8 @@ from rich.text import Text
 from fuseplan.record import Comparison, Fusion, GraphReport, Loss, Reason, Report
 from fuseplan.record.text import count_of
 from fuseplan.report.absence import layer_of
+from fuseplan.report.lock import Span
 from fuseplan.report.text import enumerate_names, policy_name, tokens_of
-
-Span = tuple[int, int] | None
 
 WORK = (
     ("all_reduce", "all-reduce"), ("norm", "norm"), ("pad", "pad"), ("silu", "activation"), ("quant", "quantisation"),

@@ -84,5 +84,5 @@ def _lines(graph: GraphReport) -> Iterator[str]:
 
 def _near_miss(miss: NearMiss) -> str:
     where = " ".join(dict.fromkeys(part for part in (miss.source, miss.line) if part))
-    mend = f"; {miss.mend}" if miss.mend else ""
-    return f"near miss ({miss.nearness}) of {miss.rule or miss.op}, {miss.count} x, {where}: {miss.detail}{mend}"
+    fix = f"; {miss.fix}" if miss.fix else ""
+    return f"near miss ({miss.nearness}) of {miss.rule or miss.op}, {miss.count} x, {where}: {miss.detail}{fix}"

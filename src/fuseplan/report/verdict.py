@@ -30,7 +30,7 @@ class Verdict:
         breaks: graph breaks met while tracing, one line each.
         warnings: flags and selectors without effect.
         written: whether the file was written.
-        mend: what to do where the differences are intended.
+        fix: what to do where the differences are intended.
     """
 
     path: str
@@ -41,7 +41,7 @@ class Verdict:
     breaks: tuple[str, ...] = ()
     warnings: tuple[Refusal, ...] = ()
     written: bool = False
-    mend: str = ""
+    fix: str = ""
 
     @property
     def passed(self) -> bool:
@@ -61,7 +61,7 @@ class Verdict:
     def text(self) -> str:
         """All of it, plain."""
         paragraphs = self.paragraphs
-        tail = [self.mend] if self.mend and not self.passed else []
+        tail = [self.fix] if self.fix and not self.passed else []
         return "\n\n".join([self.headline, *([plain(paragraphs)] if paragraphs else []), *tail])
 
     @property
@@ -98,8 +98,8 @@ def render_verdict(verdict: Verdict) -> RenderableType:
     parts += [Text(printable(f"{name}: {before} -> {after}")) for name, (before, after) in verdict.resettled.items()]
     if verdict.drifts:
         parts += [Text(), render_paragraphs(verdict.paragraphs)]
-    if verdict.mend and not verdict.passed:
-        parts += [Text(), Text(verdict.mend, style="dim")]
+    if verdict.fix and not verdict.passed:
+        parts += [Text(), Text(verdict.fix, style="dim")]
     return Group(*parts)
 
 

@@ -38,11 +38,11 @@ class Bindings:
         value = values[name]
         return tensor_of(value) if isinstance(value, fx.Node) else value
 
-    def refuse(self, reason: Reason, variable: str, detail: str, mend: str | None = None) -> Refusal:
+    def refuse(self, reason: Reason, variable: str, detail: str, fix: str | None = None) -> Refusal:
         """The refusal of this match because of the binding of `variable`."""
         node = self.values[variable]
         nodes = (node.name,) if isinstance(node, fx.Node) else ()
-        return Refusal(reason=reason, rule=self.rule, detail=detail, nodes=nodes, mend=mend)
+        return Refusal(reason=reason, rule=self.rule, detail=detail, nodes=nodes, fix=fix)
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,13 @@ from fuseplan.verification.memory import (
     poison_allocator,
     unguarded,
 )
-from fuseplan.verification.region import Region
+from fuseplan.verification.region import MatchedRegion
 from fuseplan.verification.specs import Case, undrawn
 from fuseplan.verification.steps import Stepped
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class CheckResult:
     """The result of a check on one set of arguments.
 
     Attributes:
@@ -50,10 +50,10 @@ def check(
     *,
     seed: int,
     unfused: Mapping[str, Any] | None = None,
-    region: Region | None = None,
+    region: MatchedRegion | None = None,
     free: Collection[int] = (),
     rank: int | None = None,
-) -> Finding:
+) -> CheckResult:
     """Runs both sides of a rule on fresh random arguments, in poisoned memory.
 
     Args:
@@ -99,7 +99,7 @@ class Trial:
             self.expected, self.given = reference(self.rule, graphs, quantised)
             self.precise, self.given_exactly = exact(self.rule, graphs, quantised)
 
-    def run(self, region: Region | None = None, free: Collection[int] = ()) -> Finding:
+    def run(self, region: MatchedRegion | None = None, free: Collection[int] = ()) -> CheckResult:
         """Runs the kernel and, if there is one, the region of the graph that the match replaces."""
         rule, inputs, expected = self.rule, self.inputs, self.expected
         watch = _Watched(rule.op, rule.op.kernel(self.provider), self.guarded)
@@ -110,10 +110,10 @@ class Trial:
                 with _meeting(self.rank), Poisoned():
                     actual = fused(rule, inputs, watch)
             except _MisbehavedError as error:
-                return Finding(wrong=str(error))
+                return CheckResult(wrong=str(error))
             wrong = _of_another_kind(rule, inputs, actual, expected)
             if wrong is not None:
-                return Finding(wrong=wrong)
+                return CheckResult(wrong=wrong)
             finding = self._compared(actual, "")
             if finding.wrong is None and region is not None:
                 with _meeting(self.rank):
@@ -123,16 +123,16 @@ class Trial:
                 return replace(finding, wrong=wrong)
             return finding
 
-    def _compared(self, actual: Sequence[Tensor | None], prefix: str) -> Finding:
+    def _compared(self, actual: Sequence[Tensor | None], prefix: str) -> CheckResult:
         rule, kinds = self.rule, _of_other_kinds(actual, self.expected)
         if kinds is not None:
-            return Finding(wrong=prefix + kinds)
+            return CheckResult(wrong=prefix + kinds)
         if self.stepped is not None:
             actual, wrong = self.stepped.settled(
                 actual, self.expected, self.given, self.given_exactly, rule.op.error_factor
             )
             if wrong is not None:
-                return Finding(wrong=prefix + wrong)
+                return CheckResult(wrong=prefix + wrong)
         return _compared(rule, actual, self.expected, self.precise, prefix)
 
 
@@ -176,7 +176,7 @@ def _of_other_kinds(actual: Sequence[Tensor | None], expected: Sequence[Tensor])
 
 def _compared(
     rule: Rule, actual: Sequence[Tensor | None], expected: Sequence[Tensor], precise: Sequence[Tensor], prefix: str
-) -> Finding:
+) -> CheckResult:
     worst = 0.0
     for index, (got, wanted, true) in enumerate(zip(actual, expected, precise, strict=True)):
         if got is None:
@@ -185,8 +185,8 @@ def _compared(
         worst = max(worst, deviation.share)
         if deviation.share > 1:
             share = deviation.share if math.isfinite(deviation.share) else None
-            return Finding(wrong=f"{prefix}result {index}: {deviation.text}", worst=share)
-    return Finding(wrong=None, worst=worst)
+            return CheckResult(wrong=f"{prefix}result {index}: {deviation.text}", worst=share)
+    return CheckResult(wrong=None, worst=worst)
 
 
 def _fresh(rule: Rule, case: Case, seed: int, rank: int | None = None) -> tuple[dict[str, Any], list[Guarded]]:

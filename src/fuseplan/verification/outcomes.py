@@ -16,7 +16,7 @@ from fuseplan.providers import DeviceProfile, Provider
 from fuseplan.record import Verification
 from fuseplan.record.stored import load_stored, store
 from fuseplan.rules import Rule
-from fuseplan.verification.region import Region
+from fuseplan.verification.region import MatchedRegion
 from fuseplan.verification.specs import Case, TensorSpec
 
 LARGEST_BYTES = 2**16
@@ -43,7 +43,7 @@ def kind_of(rule: Rule, provider: Provider, device: DeviceProfile | None) -> Kin
 
 
 def outcome_key(
-    kind: Kind, cases: Sequence[Case], unfused: Mapping[str, Any], region: Region | None, free: Collection[int]
+    kind: Kind, cases: Sequence[Case], unfused: Mapping[str, Any], region: MatchedRegion | None, free: Collection[int]
 ) -> str:
     """A hash of everything that an outcome depends on: the kind, arguments, the graph, the layouts that it reads,
     versions, hardware.

@@ -24,7 +24,7 @@ MOST_NODES = 128
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Region(Side):
+class MatchedRegion(Side):
     """Nodes of the original graph between a match's inputs and its results. `outputs` has the node of each result, or
     None where no node has it.
 
@@ -37,7 +37,7 @@ class Region(Side):
     views: Mapping[str, tuple[fx.Node, ...]]
 
     @classmethod
-    def of(cls, canonical: CanonicalGraph, match: Match) -> "Region | None":
+    def of(cls, canonical: CanonicalGraph, match: Match) -> "MatchedRegion | None":
         """The region, or None: an input that the canonical graph moved has no original."""
         bound = {name: value for name, value in match.values.items() if isinstance(value, fx.Node)}
         inputs: dict[fx.Node, str] = {}

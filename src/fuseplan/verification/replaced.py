@@ -208,7 +208,7 @@ def unverifiable(match: ExternalMatch) -> str | None:
         for op in () if _is_sum(node) else ops:
             names = [argument.name for argument in op._schema.arguments]
             if op.namespace in COLLECTIVES or op.name() in ENGINE_COLLECTIVES or "group_name" in names:
-                return f"ranks meet in {op}"
+                return f"{op} is a collective"
             if torch.Tag.nondeterministic_seeded in op.tags and not drops_nothing(node):
                 return f"{op} draws random numbers"
     for node in match.consumed:

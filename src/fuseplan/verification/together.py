@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from fuseplan.distributed import Verdict
+from fuseplan.distributed import Agreement
 from fuseplan.distributed.agreement import lost, refused
 from fuseplan.distributed.groups import resolve
 from fuseplan.errors import CollectiveError
@@ -24,7 +24,7 @@ from fuseplan.verification.specs import Case, TensorSpec
 
 T = TypeVar("T")
 READY = "ready"
-Meet = Callable[[str, str], Verdict]
+Meet = Callable[[str, str], Agreement]
 """`meet(said, awaited)` sends this rank's message to the other ranks, and returns once all have arrived, with the
 verdict on whether they go on. `awaited` describes a rank that doesn't arrive.
 """

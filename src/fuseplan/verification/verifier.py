@@ -20,10 +20,10 @@ from fuseplan.providers import REFERENCE, DeviceProfile, Provider
 from fuseplan.record import Pending, Verification
 from fuseplan.rules import Rule
 from fuseplan.verification import outcomes
-from fuseplan.verification.check import Finding, call_without_data, check
+from fuseplan.verification.check import CheckResult, call_without_data, check
 from fuseplan.verification.deadline import AttemptError, attempt
 from fuseplan.verification.foreign import Foreign
-from fuseplan.verification.region import Region
+from fuseplan.verification.region import MatchedRegion
 from fuseplan.verification.specs import Case, Sizes, case_of, cases_of
 from fuseplan.verification.together import pending_of, shared_seed
 from fuseplan.verification.variants import with_further_code
@@ -195,7 +195,7 @@ class Verifier:
         alone = group is None or group_size(str(group)) == 1 or (self.rank is None and match.shares)
         return match.rule.op.collective and not match.runs_reference and not alone
 
-    def _finding(self, question: "_Question", case: Case, provider: str | None = None) -> tuple[Finding, bool]:
+    def _finding(self, question: "_Question", case: Case, provider: str | None = None) -> tuple[CheckResult, bool]:
         """The finding at one size, and whether it is repeatable: the next attempt may have enough memory and time."""
         match = question.match
         rank = self.rank if question.meets else None
@@ -203,7 +203,7 @@ class Verifier:
         # The reading of the graph doesn't depend on the size.
         region = question.region if case is question.middle else None
 
-        def run() -> Finding:
+        def run() -> CheckResult:
             return check(
                 match.rule, provider or match.provider, case, seed=seed, unfused=question.unfused, region=region,
                 free=question.free, rank=rank,
@@ -212,7 +212,7 @@ class Verifier:
         try:
             return attempt(self.deadline_s, run, case.device), True
         except AttemptError as error:
-            return Finding(wrong=str(error)), False
+            return CheckResult(wrong=str(error)), False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +228,7 @@ class _Question:
     signature: str
     cases: Sequence[Case]
     unfused: Mapping[str, Any]
-    region: Region | None
+    region: MatchedRegion | None
     free: frozenset[int]
     meets: bool
     key: str
@@ -252,7 +252,7 @@ class _Question:
         match = candidate.match
         assert isinstance(match, Match)
         unfused = {"rounding": match.rounding_change[0]} if match.rounding_change else {}
-        region = Region.of(canonical, match)
+        region = MatchedRegion.of(canonical, match)
         free = frozenset(i for i, node in enumerate(match.outputs) if node in (*match.copied, *match.loose))
         return cls(
             match=match, signature=candidate.signature, cases=cases, unfused=unfused, region=region, free=free,

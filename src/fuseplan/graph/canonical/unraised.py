@@ -17,15 +17,15 @@ class Unraised(Exception):
         reason: its kind.
         detail: for a person.
         node: the node in the way.
-        mend: how to fix it, if known.
+        fix: how to fix it, if known.
         expected: the op that should be there instead, if another op is in the way.
     """
 
     def __init__(
-        self, reason: Reason, detail: str, node: fx.Node, mend: str | None = None, *, expected: object = None
+        self, reason: Reason, detail: str, node: fx.Node, fix: str | None = None, *, expected: object = None
     ) -> None:
         super().__init__(detail)
-        self.reason, self.detail, self.node, self.mend = reason, detail, node, mend
+        self.reason, self.detail, self.node, self.fix = reason, detail, node, fix
         self.expected = str(expected) if expected is not None else None
 
     def tell(
@@ -43,7 +43,7 @@ class Unraised(Exception):
         found = str(self.node.target) if self.expected is not None and self.node.op == "call_function" else None
         canonical.refuse(
             op, at, self.reason, f"{title} not recognised: {self.detail}", node=self.node, place=place,
-            expected=self.expected, found=found, mend=self.mend,
+            expected=self.expected, found=found, fix=self.fix,
         )  # fmt: skip
 
 

@@ -99,7 +99,7 @@ class CanonicalGraph:
 
     def refuse(
         self, op: DialectOp, at: Sequence[fx.Node], reason: Reason, detail: str, *, node: fx.Node, place: fx.Node,
-        expected: str | None = None, found: str | None = None, mend: str | None = None,
+        expected: str | None = None, found: str | None = None, fix: str | None = None,
     ) -> None:  # fmt: skip
         """Records that nodes look like a dialect op and aren't one.
 
@@ -112,11 +112,11 @@ class CanonicalGraph:
             place: where in the user's model it is looked for, if the node in the way has no place.
             expected: the op that should be there.
             found: the op there instead.
-            mend: how to fix it.
+            fix: how to fix it.
         """
         refusal = Refusal(
             reason=reason, op=op.name, detail=detail, nodes=(self.source_node(node).name,), source=place_of(place),
-            mend=mend, nearness=Nearness.UNRECOGNIZED, expected=expected, found=found,
+            fix=fix, nearness=Nearness.UNRECOGNIZED, expected=expected, found=found,
             line=source_line(node) or source_line(place), code=source_code(node) or source_code(place),
         )  # fmt: skip
         self.unraised.update(dict.fromkeys(at, refusal))

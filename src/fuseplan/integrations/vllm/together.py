@@ -13,7 +13,7 @@ from typing import Any
 
 from fuseplan.compilation.first_run import digest_of, pending_in, settled, verify_pending
 from fuseplan.config import PassConfig
-from fuseplan.distributed import Verdict, agree_in_groups
+from fuseplan.distributed import Agreement, agree_in_groups
 from fuseplan.errors import FuseplanError, UnsupportedError
 from fuseplan.record import Pending, Report, Verification
 from fuseplan.record.report import merged
@@ -61,7 +61,7 @@ def verified_by_all(
             give_up()
             raise
         known.update(zip(pending, outcomes, strict=True))
-    everything = Verdict(fused=True, verified=tuple(known.values()))
+    everything = Agreement(fused=True, verified=tuple(known.values()))
     return [settled(each, everything) for each in reports]
 
 

@@ -1,6 +1,6 @@
 """Costs of alternatives: a model with sourced constants, and tables of measured or modelled times."""
 
-from fuseplan.devices import HARDWARE, Aiter, Constant, Gate, Hardware, Peers, Protocol
+from fuseplan.devices import HARDWARE, Aiter, Constant, Hardware, OneStageLimits, Peers, Protocol
 from fuseplan.devices.amd import AITER_GATE_LATER, AITER_GATE_MAY_2026
 from fuseplan.planner.costs.cache import SHIPPED, cached_path, cached_table, shipped_table
 from fuseplan.planner.costs.estimate import EXACT, ROW, Estimate, Exposure, combined, ends
@@ -26,10 +26,10 @@ __all__ = [
     "DeviceRecord",
     "Estimate",
     "Exposure",
-    "Gate",
     "Hardware",
     "Kernel",
     "Measured",
+    "OneStageLimits",
     "Peers",
     "Protocol",
     "Provenance",

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal, TypeAlias
 
-from fuseplan.devices.hardware import FUSED, GENERATED, Aiter, Gate, Hardware, Peers, Protocol, Shots
+from fuseplan.devices.hardware import FUSED, GENERATED, Aiter, Hardware, OneStageLimits, Peers, Protocol, Shots
 from fuseplan.providers import BUILT_IN_PROVIDERS, ONE_KERNEL, Timing
 from fuseplan.rules.parts.traffic import Kernel, Region, total_ns
 
@@ -229,7 +229,7 @@ def _by_library(protocol: Protocol, region: Region) -> Kernel:
     return Kernel(name=f"{REDUCED}{protocol.name})", launch=_up(latency), wire=_up(wire), kind="reduce")
 
 
-def _takes_one_stage(gate: Gate, region: Region) -> bool:
+def _takes_one_stage(gate: OneStageLimits, region: Region) -> bool:
     return gate.takes_one_stage(tokens=region.tokens, width=region.width, nbytes=region.row_bytes, ranks=region.ranks)
 
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fuseplan.dialect import ActivationRounding
-from fuseplan.providers.triton.epilogues import Epilogue
+from fuseplan.providers.triton.epilogues import TritonEpilogue
 from fuseplan.providers.triton.hooks import names_functions
 from fuseplan.providers.triton.launching import Tile, block_of, eviction, flattened, is_nvidia
 from fuseplan.providers.triton.replay import run_kernel
@@ -55,7 +55,9 @@ def _silu_and_mul(
     STORE(y, arguments, row, first, valid, dtype, WIDTH, CONSTANTS, NVIDIA)
 
 
-def launch(gate: Tensor, up: Tensor, rounding: str, epilogue: Epilogue, *, keeps: bool = False) -> tuple[Tensor, ...]:
+def launch(
+    gate: Tensor, up: Tensor, rounding: str, epilogue: TritonEpilogue, *, keeps: bool = False
+) -> tuple[Tensor, ...]:
     """The family's op.
 
     Args:

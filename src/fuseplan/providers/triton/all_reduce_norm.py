@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fuseplan.distributed.workspace import SLOTS as SLOT_COUNT
 from fuseplan.distributed.workspace import UNIT_WORDS, Workspace
-from fuseplan.providers.triton.epilogues import Epilogue
+from fuseplan.providers.triton.epilogues import TritonEpilogue
 from fuseplan.providers.triton.hooks import names_functions
 from fuseplan.providers.triton.launching import Norm, Tile, block_of, flattened, is_nvidia
 from fuseplan.providers.triton.replay import run_kernel
@@ -289,7 +289,7 @@ class Schedule:
     lag: int
 
     @classmethod
-    def of(cls, x: Tensor, epilogue: Epilogue, workspace: Workspace) -> "Schedule":
+    def of(cls, x: Tensor, epilogue: TritonEpilogue, workspace: Workspace) -> "Schedule":
         """For rows x [rows, hidden]."""
         rows, width = x.shape
         # The fewest of any rank: all ranks need the same grid, since it determines which rank owns a row.
@@ -331,7 +331,7 @@ def launch(
     x: Tensor,
     residual: Tensor | None,
     norm: Norm,
-    epilogue: Epilogue,
+    epilogue: TritonEpilogue,
     workspace: Workspace,
     schedule: Schedule | None = None,
     *,
@@ -375,7 +375,7 @@ def launch(
 
 
 def _launch(
-    x: Tensor, residual: Tensor | None, norm: Norm, epilogue: Epilogue, workspace: Workspace, schedule: Schedule,
+    x: Tensor, residual: Tensor | None, norm: Norm, epilogue: TritonEpilogue, workspace: Workspace, schedule: Schedule,
     results: tuple[Tensor, ...], kept: tuple[Tensor, ...], total: Tensor,
 ) -> None:  # fmt: skip
     rows, width = x.shape

@@ -70,7 +70,7 @@ def accept_qk_norm_rope(m: Any) -> Refusal | None:
     if leading <= MOST_LEADING:
         return None
     detail = f"the kernel takes up to {MOST_LEADING} dimensions before the heads; q has {leading}"
-    return m.refuse(Reason.SIZE, "q", detail, mend="flatten them")  # type: ignore[no-any-return]
+    return m.refuse(Reason.SIZE, "q", detail, fix="flatten them")  # type: ignore[no-any-return]
 
 
 def accept_cached_rotary(m: Any) -> Refusal | None:
@@ -107,7 +107,7 @@ class FewRows:
             weight = getattr(m, name)
             if weight.stride(1) != 1 and not equal_size(weight.shape[1], 1):
                 detail = f"the kernel reads rows of weights; those of {name} lie apart: strides {weight.stride()}"
-                return m.refuse(Reason.LAYOUT, name, detail, mend="make the weight contiguous")  # type: ignore[no-any-return]
+                return m.refuse(Reason.LAYOUT, name, detail, fix="make the weight contiguous")  # type: ignore[no-any-return]
             if not all(isinstance(size, int) for size in weight.shape):
                 detail = f"the size of {name} isn't known when the graph is compiled"
                 return m.refuse(Reason.SIZE, name, detail)  # type: ignore[no-any-return]
@@ -197,7 +197,7 @@ class FewQueries:
     def _kernel(self, m: Any, widths: tuple[Any, Any]) -> Refusal | None:
         if m.is_causal:
             detail = "the kernel takes a mask, or none, and is_causal=False"
-            return m.refuse(Reason.ATTRIBUTE, "is_causal", detail, mend="hand over a mask")  # type: ignore[no-any-return]
+            return m.refuse(Reason.ATTRIBUTE, "is_causal", detail, fix="hand over a mask")  # type: ignore[no-any-return]
         if widths[0] != widths[1] and m.kernel != "efficient":
             detail = (
                 f"heads of q have {widths[0]} elements, of v {widths[1]}: of torch's kernels memory-efficient "

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fuseplan.providers.triton.epilogues import Epilogue
+from fuseplan.providers.triton.epilogues import TritonEpilogue
 from fuseplan.providers.triton.hooks import names_functions
 from fuseplan.providers.triton.launching import Norm, Tile, block_of, eviction, flattened, is_nvidia, multiprocessors
 from fuseplan.providers.triton.replay import run_kernel
@@ -60,7 +60,7 @@ def _norm(
 
 
 def launch(
-    x: Tensor, residual: Tensor | None, norm: Norm, epilogue: Epilogue, parts: Tensor | None = None, *,
+    x: Tensor, residual: Tensor | None, norm: Norm, epilogue: TritonEpilogue, parts: Tensor | None = None, *,
     keeps: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The family's op.

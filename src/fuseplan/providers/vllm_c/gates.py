@@ -98,7 +98,7 @@ class ActivationGate(QuantGate):
         detail = f"{self.name} reads gate and up as halves of rows; the strides of gate are {tuple(x.stride())}"
         return Refusal(
             reason=Reason.LAYOUT, detail=detail, expected="gate and up that are the halves of rows",
-            found="another layout", mend="make gate and up of one product",
+            found="another layout", fix="make gate and up of one product",
         )  # fmt: skip
 
 

@@ -9,11 +9,10 @@ from fuseplan.report.html.drawings import Drawn, drawing_json
 from fuseplan.report.html.evidence import constant_rows, cost_rows, size_rows
 from fuseplan.report.html.tables import Table
 from fuseplan.report.html.verdicts import headline, rule_state, verdicts
+from fuseplan.report.lock import Span
 from fuseplan.report.places import places
 from fuseplan.report.savings import Saved, fired, graphs_of, sizes_of
 from fuseplan.report.text import policy_name
-
-Span = tuple[int, int] | None
 
 
 def view_of(comparison: Comparison) -> dict[str, Any]:
@@ -156,7 +155,7 @@ class _View:
             )
         return {
             "rule": miss.rule, "reason": miss.reason.value, "op": miss.op, "detail": miss.detail, "count": miss.count,
-            "mend": miss.mend, "nearness": miss.nearness.value, "expected": miss.expected, "found": miss.found,
+            "fix": miss.fix, "nearness": miss.nearness.value, "expected": miss.expected, "found": miss.found,
             "provider": miss.provider, "where": places(miss.sources), "sites": places(miss.sites), "line": miss.line,
             "code": miss.code, "nodes": list(miss.nodes), "marks": list(marks.values()),
         }  # fmt: skip
@@ -168,8 +167,8 @@ class _View:
             for graph in report.graphs:
                 whole = (Reason.TRAINING, Reason.DISABLED, Reason.LIMIT)
                 refusals += [each for each in graph.refusals if each.reason in whole and each.nearness is None]
-        rows = dict.fromkeys((each.rule, each.reason.value, each.detail, each.mend) for each in refusals)
-        return [dict(zip(("rule", "reason", "detail", "mend"), row, strict=True)) for row in rows]
+        rows = dict.fromkeys((each.rule, each.reason.value, each.detail, each.fix) for each in refusals)
+        return [dict(zip(("rule", "reason", "detail", "fix"), row, strict=True)) for row in rows]
 
 
 def _proof(graphs: Iterable[GraphReport]) -> dict[str, Any] | None:

@@ -78,7 +78,7 @@ def unequal_lengths(m: Bindings) -> Refusal | None:
         if not equal_size(length, read) and not (name == "mask" and equal_size(length, 1)):
             other = f"{length} values" if name == "v" else f"a mask of {length}"
             detail = f"attention reads {read} keys and {other}, and the graph doesn't know these to be equal"
-            return m.refuse(Reason.SIZE, name, detail, mend="torch._check that these lengths are equal")
+            return m.refuse(Reason.SIZE, name, detail, fix="torch._check that these lengths are equal")
     return None
 
 

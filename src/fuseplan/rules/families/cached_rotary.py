@@ -41,10 +41,10 @@ class CachedRule(Rule):
         if not isinstance(tokens, int) or not isinstance(length, int):
             found = f"q is {[*m.q.shape]} and the cache {[*m.k_cache.shape]}"
             detail = f"{found}; the fused op takes numbers of tokens that are known when it is compiled"
-            return m.refuse(Reason.SIZE, "q", detail, mend="compile one graph for each number of tokens")
+            return m.refuse(Reason.SIZE, "q", detail, fix="compile one graph for each number of tokens")
         if tokens > length:
             detail = f"{tokens} tokens are written into a cache of {length}"
-            return m.refuse(Reason.SIZE, "k_cache", detail, mend="make the cache longer")
+            return m.refuse(Reason.SIZE, "k_cache", detail, fix="make the cache longer")
         shapes = {
             "k": (k.shape, (q.shape[0], m.k_cache.shape[1], tokens, q.shape[3])),
             "v": (m.v.shape, (q.shape[0], m.k_cache.shape[1], tokens, m.v_cache.shape[3])),
@@ -59,10 +59,10 @@ class CachedRule(Rule):
         for name in CACHES:
             if memory_order(getattr(m, name)) is None:
                 detail = f"{name} has gaps or overlaps: its strides are {tuple(getattr(m, name).stride())}"
-                return m.refuse(Reason.LAYOUT, name, detail, mend="hand over a cache that fills its memory")
+                return m.refuse(Reason.LAYOUT, name, detail, fix="hand over a cache that fills its memory")
         if not _is_one_of_each_token(cos, q):
             detail = f"cos is {[*cos.shape]}; the fused op takes angles of each token, the same for all of its heads"
-            return m.refuse(Reason.SIZE, "cos", detail, mend="give cos and sin a dimension of size 1 for the heads")
+            return m.refuse(Reason.SIZE, "cos", detail, fix="give cos and sin a dimension of size 1 for the heads")
         return None
 
     def _heads_first(self, x: Tensor) -> Tensor:

@@ -146,13 +146,13 @@ class QkNormRope(NormedRule):
             if k.dim() == q.dim() > 2 and q.shape[-2] == k.shape[-2] and list(q.shape[:-3]) == list(k.shape[:-3]):
                 detail = f"{shapes}, heads before tokens; the fused op takes tokens before heads"
                 return m.refuse(
-                    Reason.SIZE, "k", detail, mend="norm queries and keys before heads and tokens change places"
+                    Reason.SIZE, "k", detail, fix="norm queries and keys before heads and tokens change places"
                 )
             return m.refuse(Reason.SIZE, "k", f"{shapes}; they may only differ in the number of heads")
         heads = 1 if self.transposes else -2
         if cos.dim() != q.dim() or cos.shape[heads] != 1:
             detail = f"cos is {[*cos.shape]}; the fused op takes angles of each token, the same for all of its heads"
-            return m.refuse(Reason.SIZE, "cos", detail, mend="give cos and sin a dimension of size 1 for the heads")
+            return m.refuse(Reason.SIZE, "cos", detail, fix="give cos and sin a dimension of size 1 for the heads")
         return None
 
 

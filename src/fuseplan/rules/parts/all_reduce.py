@@ -96,7 +96,7 @@ def raise_all_reduces(canonical: CanonicalGraph) -> None:
             canonical.refuse(
                 all_reduce, [result], Reason.OP, f"no all_reduce, but {reduction.target}", node=result,
                 place=result, expected=all_reduce.name, found=str(reduction.target),
-                mend=OTHER_COLLECTIVES[reduction.target],
+                fix=OTHER_COLLECTIVES[reduction.target],
             )  # fmt: skip
     for wait in canonical.calls(wait_tensor):
         started = wait.args[0]
@@ -108,7 +108,7 @@ def raise_all_reduces(canonical: CanonicalGraph) -> None:
                 all_reduce, [wait], Reason.ATTRIBUTE,
                 f"all_reduce not recognised: it reduces by {reduce_op!r}, and fused ops sum", node=wait, place=wait,
                 expected="reduce op sum", found=f"reduce op {reduce_op}",
-                mend="sum, and divide before" if str(reduce_op).lower() == "avg" else None,
+                fix="sum, and divide before" if str(reduce_op).lower() == "avg" else None,
             )  # fmt: skip
         elif len(started.users) > 1:
             detail = f"all_reduce not recognised: it is waited for {len(started.users)} times"
@@ -243,8 +243,8 @@ def _twice(goal: fx.Node, node: fx.Node, after: str) -> Blame:
     first, second = (str(each.args[1]) for each in (goal, node))
     if first == second:
         detail = f"the value reduced over group {first!r} is reduced once more before {after}"
-        mend = "reduce once, and multiply by the number of ranks before"
-        return Blame(reason=Reason.OP, found=NAME, detail=detail, mend=mend)
+        fix = "reduce once, and multiply by the number of ranks before"
+        return Blame(reason=Reason.OP, found=NAME, detail=detail, fix=fix)
     detail = f"another all_reduce, over group {second!r}, stands between this one, over group {first!r}, and {after}"
     return Blame(reason=Reason.GROUP, found=f"all_reduce over group {second}", detail=detail)
 
@@ -252,7 +252,7 @@ def _twice(goal: fx.Node, node: fx.Node, after: str) -> Blame:
 def _added_twice(added: str) -> Blame:
     """The blame for a sum of two all-reduces."""
     return Blame(
-        reason=Reason.OP, found=f"two of {NAME}", mend=f"add before the {NAME}, once, instead of after both",
+        reason=Reason.OP, found=f"two of {NAME}", fix=f"add before the {NAME}, once, instead of after both",
         detail=f"{NAME} is added as the residual of {added}, whose other addend is reduced, too",
     )  # fmt: skip
 

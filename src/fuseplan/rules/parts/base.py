@@ -119,13 +119,13 @@ class Blame:
         reason: its kind.
         found: the op there.
         detail: for a person.
-        mend: how to fix it, if known.
+        fix: how to fix it, if known.
     """
 
     reason: Reason
     found: str
     detail: str
-    mend: str | None = None
+    fix: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

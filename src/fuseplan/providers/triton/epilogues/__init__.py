@@ -21,7 +21,7 @@ from fuseplan.record import Reason, Refusal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Epilogue:
+class TritonEpilogue:
     """An epilogue with its arguments. Fields are the fused op's own arguments, named as in its schema.
 
     Attributes:
@@ -56,7 +56,7 @@ class Epilogue:
         """Empty results for activations x."""
         return (x.new_empty((*x.shape[:-1], self.width(x.shape[-1]))),)
 
-    def part(self, results: tuple[Tensor, ...], start: int, stop: int) -> "tuple[Epilogue, tuple[Tensor, ...]]":
+    def part(self, results: tuple[Tensor, ...], start: int, stop: int) -> "tuple[TritonEpilogue, tuple[Tensor, ...]]":
         """The epilogue for some of the rows, and its results."""
         return self, tuple(each.view(each.shape[:-1].numel(), -1)[start:stop] for each in results)
 
@@ -77,14 +77,14 @@ SUFFIXES: frozenset[str | None] = frozenset(
 
 
 @cache
-def epilogue_of(suffix: str | None) -> type[Epilogue]:
+def epilogue_of(suffix: str | None) -> type[TritonEpilogue]:
     """The epilogue of the fused ops with that suffix."""
-    found: type[Epilogue] = importlib.import_module(f"{__name__}.{suffix or 'none'}").EPILOGUE
+    found: type[TritonEpilogue] = importlib.import_module(f"{__name__}.{suffix or 'none'}").EPILOGUE
     return found
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupBytes(Epilogue):
+class GroupBytes(TritonEpilogue):
     """An epilogue that stores a byte for each group of elements of a row, in rows or in tiles.
 
     Attributes:
@@ -119,7 +119,7 @@ class GroupBytes(Epilogue):
         """Memory for the bytes of activations x, in a dtype."""
         return empty_scales(x, x.shape[-1] // self.group_size, dtype, self.layout)
 
-    def part(self, results: tuple[Tensor, ...], start: int, stop: int) -> tuple[Epilogue, tuple[Tensor, ...]]:
+    def part(self, results: tuple[Tensor, ...], start: int, stop: int) -> tuple[TritonEpilogue, tuple[Tensor, ...]]:
         """See `Epilogue.part`; for tiles, all of them are results, since tiles don't separate rows."""
         codes, scales = results
         if not self.swizzles:
@@ -156,7 +156,7 @@ def refuse_groups(size: int, x: Tensor, *, least: int = 1) -> Refusal | None:
     return Refusal(
         reason=Reason.SIZE,
         detail=f"fuseplan's Triton kernels take {expected}, not groups of {size} in rows of {width}",
-        expected=expected, found=f"group size {size}, hidden size {width}", mend="let another provider run it",
+        expected=expected, found=f"group size {size}, hidden size {width}", fix="let another provider run it",
     )  # fmt: skip
 
 

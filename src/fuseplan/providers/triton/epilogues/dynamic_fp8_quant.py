@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fuseplan.providers.triton.epilogues import Epilogue, code_constants, extremes, scale_bounds, scales_for
+from fuseplan.providers.triton.epilogues import TritonEpilogue, code_constants, extremes, scale_bounds, scales_for
 from fuseplan.providers.triton.language import tl, triton
 from fuseplan.providers.triton.rows import dynamic_scale, narrowed, quantized, within
 from fuseplan.providers.triton.tuned import NORM_THREAD, Found
@@ -40,7 +40,7 @@ def store_by_scale_of_row(
 
 
 @dataclass(frozen=True, kw_only=True)
-class DynamicFp8(Epilogue):
+class DynamicFp8(TritonEpilogue):
     """scale = clamp(min(amax(|y|, -1), scale_ub) / fp8_max, min_scale, max_scale) or zero_scale
     clamp(y / scale, -fp8_max, fp8_max).to(dtype)
 

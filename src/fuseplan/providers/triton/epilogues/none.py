@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fuseplan.providers.triton.epilogues import Epilogue
+from fuseplan.providers.triton.epilogues import TritonEpilogue
 from fuseplan.providers.triton.language import tl, triton
 from fuseplan.providers.triton.rows import within
 
@@ -21,7 +21,7 @@ def store_rows(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows(Epilogue):
+class Rows(TritonEpilogue):
     """y"""
 
     store: ClassVar[Any] = store_rows

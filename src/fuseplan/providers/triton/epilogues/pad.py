@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fuseplan.providers.triton.epilogues import Epilogue
+from fuseplan.providers.triton.epilogues import TritonEpilogue
 from fuseplan.providers.triton.language import tl, triton
 from fuseplan.providers.triton.rows import within
 
@@ -24,7 +24,7 @@ def store_padded(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pad(Epilogue):
+class Pad(TritonEpilogue):
     """pad(y, (0, right))
 
     Attributes:

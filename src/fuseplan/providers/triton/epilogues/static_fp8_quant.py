@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fuseplan.providers.triton.epilogues import Epilogue, code_constants
+from fuseplan.providers.triton.epilogues import TritonEpilogue, code_constants
 from fuseplan.providers.triton.language import tl, triton
 from fuseplan.providers.triton.rows import quantized, rounded, within
 from fuseplan.providers.triton.tuned import NORM_THREAD, Found
@@ -33,7 +33,7 @@ def store_by_given_scale(
 
 
 @dataclass(frozen=True, kw_only=True)
-class StaticFp8(Epilogue):
+class StaticFp8(TritonEpilogue):
     """clamp(y / scale, -fp8_max, fp8_max).to(dtype)
 
     Attributes:

@@ -143,7 +143,7 @@ function missDetails({ miss: index, graph, box }) {
                 ["found", miss.found && code(miss.found)],
                 ["kind", miss.reason],
                 ["provider", miss.provider],
-                ["fix", miss.mend],
+                ["fix", miss.fix],
                 ["places", number(miss.count)],
                 ["in the way", miss.where && code(miss.where)],
                 ["would be fused", miss.sites && code(miss.sites)],

@@ -31,7 +31,7 @@ function missRow(miss, index) {
         el("td.cause", el("button.link", { onclick: open }, miss.detail), lineOfCode(miss)),
         el("td.figure", number(miss.count)),
         el("td", code(miss.where || miss.sites || "–")),
-        el("td", miss.mend || el("span.faint", "–")),
+        el("td", miss.fix || el("span.faint", "–")),
     );
 }
 
@@ -49,7 +49,7 @@ function openRun() {
     const times = [["build and trace", VIEW.trace_ns], ...stages];
     refill(
         byId("run-body"),
-        item("Warnings", texts(warnings.map((each) => [each.detail, each.mend ? ` (${each.mend})` : ""].join("")))),
+        item("Warnings", texts(warnings.map((each) => [each.detail, each.fix ? ` (${each.fix})` : ""].join("")))),
         item("Graph breaks", texts(breaks)),
         item("Notes", texts(notes)),
         item("Recognised ops", counted(recognized)),

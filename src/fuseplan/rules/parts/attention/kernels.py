@@ -16,7 +16,7 @@ Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, bool], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kernel:
+class AttentionOp:
     """One of torch's attention ops.
 
     Attributes:
@@ -30,38 +30,38 @@ class Kernel:
     run: Run
 
 
-KERNELS: Final[Mapping[str, Kernel]] = {
+KERNELS: Final[Mapping[str, AttentionOp]] = {
     kernel.name: kernel
     for kernel in (
-        Kernel(
+        AttentionOp(
             name="cudnn",
             target=aten._scaled_dot_product_cudnn_attention.default,
             run=lambda q, k, v, mask, scale, is_causal: aten._scaled_dot_product_cudnn_attention.default(
                 q, k, v, mask, False, 0.0, is_causal, False, scale=scale
             ),
         ),
-        Kernel(
+        AttentionOp(
             name="flash",
             target=aten._scaled_dot_product_flash_attention.default,
             run=lambda q, k, v, mask, scale, is_causal: aten._scaled_dot_product_flash_attention.default(
                 q, k, v, 0.0, is_causal, False, scale=scale
             ),
         ),
-        Kernel(
+        AttentionOp(
             name="efficient",
             target=aten._scaled_dot_product_efficient_attention.default,
             run=lambda q, k, v, mask, scale, is_causal: aten._scaled_dot_product_efficient_attention.default(
                 q, k, v, mask, False, 0.0, is_causal, scale=scale
             ),
         ),
-        Kernel(
+        AttentionOp(
             name="cpu",
             target=aten._scaled_dot_product_flash_attention_for_cpu.default,
             run=lambda q, k, v, mask, scale, is_causal: aten._scaled_dot_product_flash_attention_for_cpu.default(
                 q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale
             ),
         ),
-        Kernel(
+        AttentionOp(
             name="overrideable",
             target=aten._scaled_dot_product_fused_attention_overrideable.default,
             run=lambda q, k, v, mask, scale, is_causal: aten._scaled_dot_product_fused_attention_overrideable.default(

@@ -119,7 +119,7 @@ def raise_cache_writes(canonical: CanonicalGraph) -> None:
             canonical.refuse(
                 op, [cat], Reason.OP, "write into a cache not recognised: keys are appended to a cache that grows",
                 node=cat, place=cat, expected=str(aten.index_put.default), found=str(cat.target),
-                mend="hand over a static cache, such as transformers' StaticCache",
+                fix="hand over a static cache, such as transformers' StaticCache",
             )  # fmt: skip
     sort_topologically(canonical.graph)
     search, found = _Search(canonical, writes, rotations), list[_Found]()

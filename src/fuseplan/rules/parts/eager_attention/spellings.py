@@ -351,7 +351,7 @@ def _result(product: fx.Node, shape: Sequence[Any]) -> fx.Node:
     raise Unraised(Reason.SIZE, "its result isn't given 4 dimensions", product)
 
 
-def _check_readers(nodes: Sequence[fx.Node], further: Iterable[fx.Node], what: str, mend: str | None = None) -> None:
+def _check_readers(nodes: Sequence[fx.Node], further: Iterable[fx.Node], what: str, fix: str | None = None) -> None:
     """Refuses values with readers outside of the attention.
 
     Raises:
@@ -362,5 +362,5 @@ def _check_readers(nodes: Sequence[fx.Node], further: Iterable[fx.Node], what: s
         for reader in node.users:
             if reader not in inside:
                 refused = read_elsewhere(reader, node, what)
-                refused.mend = mend
+                refused.fix = fix
                 raise refused

@@ -65,15 +65,15 @@ class MeanSquare:
     @property
     def lacks_epsilon(self) -> bool:
         """Whether a constant epsilon is all that it lacks. (False where the user asked for dynamic floats.)"""
-        return [each.mend for each in self.deviations] == [AUTOMATIC_EPSILON]
+        return [each.fix for each in self.deviations] == [AUTOMATIC_EPSILON]
 
     @property
     def deviation(self) -> Unraised:
         """All deviations as one error, at the node of the first."""
         first = self.deviations[0]
-        mends = [each.mend for each in self.deviations]
-        mend = None if None in mends else "; ".join(filter(None, mends))
-        return Unraised(first.reason, "; ".join(each.detail for each in self.deviations), first.node, mend)
+        fixes = [each.fix for each in self.deviations]
+        fix = None if None in fixes else "; ".join(filter(None, fixes))
+        return Unraised(first.reason, "; ".join(each.detail for each in self.deviations), first.node, fix)
 
     @property
     def normalised(self) -> list[fx.Node]:
@@ -131,9 +131,9 @@ def _of_the_steps(steps: list[fx.Node]) -> list[Unraised]:
     for step in steps:
         if is_call(step, *ADDS) and isinstance(step.args[1], fx.Node):
             dynamic = AUTOMATIC_EPSILON if dynamo_config.assume_static_by_default else DYNAMIC_EPSILON
-            mend = dynamic if _dynamic_float(step.args[1]) is not None else CONSTANT_EPSILON
+            fix = dynamic if _dynamic_float(step.args[1]) is not None else CONSTANT_EPSILON
             detail = "epsilon is a value of the graph, and the op takes a constant"
-            found.append(Unraised(Reason.ATTRIBUTE, detail, step.args[1], mend))
+            found.append(Unraised(Reason.ATTRIBUTE, detail, step.args[1], fix))
         elif is_call(step, *ADDS) and (step.kwargs or step is not added[0]):
             detail = "epsilon is scaled" if step.kwargs else "something is added to the mean square twice"
             found.append(Unraised(Reason.OP, detail, step, "add one epsilon"))

@@ -33,7 +33,7 @@ def _refuse_engines(
         reason, why = Reason.ATTRIBUTE, f"it rotates {rotated} of the {size} elements of a head, and {why[3:]}"
     canonical.refuse(
         rotary_embedding, read_at(node), reason, f"rotary embedding not recognised: {why}", node=node, place=node,
-        mend="let vLLM write it in aten: custom_ops -rotary_embedding in its compilation config",
+        fix="let vLLM write it in aten: custom_ops -rotary_embedding in its compilation config",
     )  # fmt: skip
 
 
