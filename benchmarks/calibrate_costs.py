@@ -25,7 +25,7 @@ from scipy.optimize import least_squares
 from benchmarks.calibrate_reduces import with_values
 from benchmarks.contest import Contest
 from fuseplan.devices.reduces import without_multicast
-from fuseplan.planner.costs import HARDWARE, Gate, Hardware, Region
+from fuseplan.planner.costs import HARDWARE, Hardware, OneStageLimits, Region
 from fuseplan.rules.parts.pad import Padding
 from fuseplan.rules.parts.rms_norm import PART as RMS_NORM
 
@@ -142,7 +142,7 @@ def calibrate_aiter(published: Mapping[str, Any]) -> dict[str, Any]:
         base = HARDWARE["mi355x"]
         assert base.aiter
         peers = with_values(base.aiter.peers, values)
-        gate = Gate(source="", max_bytes={8: None} if table["stages"] == 1 else {})
+        gate = OneStageLimits(source="", max_bytes={8: None} if table["stages"] == 1 else {})
         model = Contest(replace(base, aiter=replace(base.aiter, peers=peers, fused=gate)))
         shape = {"width": table["width"], "ranks": table["ranks"], "reduce": True, "residual": True}
         return [

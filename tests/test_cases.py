@@ -212,7 +212,7 @@ def test_case_4_vllm_48757_a_reshape_that_cannot_be_hoisted_is_named(two_ranks: 
 
     (row,) = near_misses(reshaped, X, R, W)
     assert row.detail.startswith("aten.reshape.default stands between all_reduce and fused_add_rms_norm")
-    assert row.mend is None, "what else reads the sum needs all of it"
+    assert row.fix is None, "what else reads the sum needs all of it"
 
 
 def test_case_6_vllm_48324_an_fp32_weight_is_a_near_miss(two_ranks: str) -> None:
@@ -225,7 +225,7 @@ def test_case_6_vllm_48324_an_fp32_weight_is_a_near_miss(two_ranks: str) -> None
     (row,) = near_misses(model, X, R, W.float())
     assert (row.reason, row.nearness) == (Reason.DTYPE, Nearness.REFUSED)
     assert row.detail == "weight is float32 and x is bfloat16; the fused op takes one dtype"
-    assert row.mend is None, "cast to bfloat16, the weight would be rounded"
+    assert row.fix is None, "cast to bfloat16, the weight would be rounded"
     assert counts(explained(post_grad(model, X, R, W))) == {"allreduce_rms": 1}
 
 

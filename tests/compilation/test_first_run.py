@@ -14,7 +14,7 @@ from fuseplan.compilation.first_run import AgreedGraph, digest_of, groups_of, pe
 from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import PassConfig
 from fuseplan.devices.known import device_profile
-from fuseplan.distributed import Verdict
+from fuseplan.distributed import Agreement
 from fuseplan.errors import CollectiveError
 from fuseplan.record import Fusion, GraphReport, Pending, Reason, Report, Verification
 from tests.helpers import all_reduce, quickly_traced, randn
@@ -34,10 +34,10 @@ def report(*graphs: GraphReport) -> Report:
     return Report(policy="planned", order=(), rules=(), graphs=graphs)
 
 
-def agreed(outcomes: list[Verdict | CollectiveError], told: list[Verdict]) -> AgreedGraph:
+def agreed(outcomes: list[Agreement | CollectiveError], told: list[Agreement]) -> AgreedGraph:
     """A graph whose ranks come to a verdict, or to none; they are asked once an outcome."""
 
-    def settle() -> Verdict:
+    def settle() -> Agreement:
         outcome = outcomes.pop()
         if isinstance(outcome, CollectiveError):
             raise outcome
@@ -51,15 +51,15 @@ def agreed(outcomes: list[Verdict | CollectiveError], told: list[Verdict]) -> Ag
 @pytest.mark.parametrize(
     ("verdict", "runs", "is_told"),
     [
-        (Verdict(fused=True), "fused", False),
-        (Verdict(fused=True, verified=(RIGHT,)), "fused", True),
-        (Verdict(fused=False, reason="they differ"), "unfused", True),
-        (Verdict(fused=False, reason="far", apart=True), "far", True),
-        (Verdict(fused=False, apart=True), "", True),
+        (Agreement(fused=True), "fused", False),
+        (Agreement(fused=True, verified=(RIGHT,)), "fused", True),
+        (Agreement(fused=False, reason="they differ"), "unfused", True),
+        (Agreement(fused=False, reason="far", apart=True), "far", True),
+        (Agreement(fused=False, apart=True), "", True),
     ],
 )
-def test_all_calls_run_what_the_first_one_settled(verdict: Verdict, runs: str, is_told: bool) -> None:
-    told: list[Verdict] = []
+def test_all_calls_run_what_the_first_one_settled(verdict: Agreement, runs: str, is_told: bool) -> None:
+    told: list[Agreement] = []
     run = agreed([verdict], told)
     assert [run(1), run(2)] == [(runs, 1), (runs, 2)]
     assert told == [verdict] * is_told
@@ -67,7 +67,7 @@ def test_all_calls_run_what_the_first_one_settled(verdict: Verdict, runs: str, i
 
 def test_a_graph_whose_ranks_parted_raises_at_every_call() -> None:
     """The other ranks wait for this one at its first run: it never comes."""
-    told: list[Verdict] = []
+    told: list[Agreement] = []
     run = agreed([CollectiveError("a rank is left in a kernel")], told)
     for _ in range(2):
         with pytest.raises(CollectiveError, match="left in a kernel"):
@@ -93,12 +93,12 @@ def test_what_ranks_have_to_agree_on_tells_plans_apart() -> None:
 class Asked:
     """The other ranks, who agree to all, and what they are told."""
 
-    def __init__(self, *verdicts: Verdict) -> None:
+    def __init__(self, *verdicts: Agreement) -> None:
         self.verdicts, self.heard = [*verdicts], list[dict[str, Any]]()
 
-    def __call__(self, *names: Any, **said: Any) -> Verdict:
+    def __call__(self, *names: Any, **said: Any) -> Agreement:
         self.heard.append(said)
-        return self.verdicts.pop(0) if self.verdicts else Verdict(fused=True)
+        return self.verdicts.pop(0) if self.verdicts else Agreement(fused=True)
 
 
 @pytest.fixture
@@ -106,7 +106,9 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Pending, ...]]:
     """What was verified, with two meetings for each, all of it right but what is called another."""
     found: list[tuple[Pending, ...]] = []
 
-    def verify(pending: tuple[Pending, ...], rules: object, meet: Callable[[str, str], Verdict], seconds: float) -> Any:
+    def verify(
+        pending: tuple[Pending, ...], rules: object, meet: Callable[[str, str], Agreement], seconds: float
+    ) -> Any:
         found.append(pending)
         assert seconds == 7
         for said in ("ready", "done"):
@@ -126,14 +128,14 @@ def test_what_is_pending_decides(pending: tuple[Pending, ...]) -> None:
     asked = Asked()
     verdict = verify_pending(pending, (), asked, "name", CONFIG)
     outcomes = (RIGHT, WRONG)[: len(pending)]
-    assert verdict == Verdict(fused=OTHER not in pending, reason=outcomes[-1].detail, verified=outcomes)
+    assert verdict == Agreement(fused=OTHER not in pending, reason=outcomes[-1].detail, verified=outcomes)
     common = {"work_s": 7, "awaited": "did not come"}
     assert asked.heard == [
         {"graph": "name-0", "digest": "ready", **common}, {"graph": "name-1", "digest": "done", **common},
     ]  # fmt: skip
 
 
-def settle(found: Report, *verdicts: Verdict, module: fx.GraphModule | None = None) -> tuple[Verdict, Asked]:
+def settle(found: Report, *verdicts: Agreement, module: fx.GraphModule | None = None) -> tuple[Agreement, Asked]:
     asked = Asked(*verdicts)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(first_run, "agree_in_groups", asked)
@@ -154,9 +156,9 @@ WORKSPACES = (("0", "bfloat16", "cpu"),)
 @pytest.mark.parametrize("agreements", [0, 1])
 def test_ranks_that_differ_verify_nothing(verified: list[tuple[Pending, ...]], agreements: int) -> None:
     """In their plans, or in what they share."""
-    differ = Verdict(fused=False, reason="they differ")
+    differ = Agreement(fused=False, reason="they differ")
     found = report(graph(PENDING, groups=("0",), workspaces=WORKSPACES))
-    verdict, asked = settle(found, *[Verdict(fused=True)] * agreements, differ)
+    verdict, asked = settle(found, *[Agreement(fused=True)] * agreements, differ)
     assert verdict == differ
     assert [said["digest"] for said in asked.heard] == ["digest", "digest 132 processors"][: agreements + 1]
     assert not verified
@@ -179,24 +181,24 @@ def test_graphs_are_told_apart_by_their_ops() -> None:
 
 def test_what_was_verified_is_reported_with_the_graphs_that_have_it() -> None:
     before = report(graph(PENDING, verified=(WRONG,)), graph(OTHER), graph())
-    after = settled(before, Verdict(fused=True, verified=(RIGHT,)))
+    after = settled(before, Agreement(fused=True, verified=(RIGHT,)))
     assert [each.verified for each in after.graphs] == [(WRONG, RIGHT), (), ()]
     assert [(each.pending, each.applied, each.rewritten) for each in after.graphs] == [((), (FUSION,), True)] * 3
     assert not after.warnings
 
 
 @pytest.mark.parametrize(
-    ("verdict", "reason", "detail", "mend"),
+    ("verdict", "reason", "detail", "fix"),
     [
-        (Verdict(fused=False, reason="they differ"), Reason.RANKS, "run unfused on all ranks", "give all ranks one"),
-        (Verdict(fused=False, reason="far", apart=True), Reason.RANKS, "is planned again without", "forbid those"),
+        (Agreement(fused=False, reason="they differ"), Reason.RANKS, "run unfused on all ranks", "give all ranks one"),
+        (Agreement(fused=False, reason="far", apart=True), Reason.RANKS, "is planned again without", "forbid those"),
         (
-            Verdict(fused=False, reason="rank 1 found it wrong", verified=(RIGHT, RIGHT, WRONG)), Reason.VERIFICATION,
+            Agreement(fused=False, reason="rank 1 found it wrong", verified=(RIGHT, RIGHT, WRONG)), Reason.VERIFICATION,
             "run unfused on all ranks of its group: rank 1 found it wrong", "or forbid w:p",
         ),
     ],
 )  # fmt: skip
-def test_a_graph_that_is_run_unfused_says_why(verdict: Verdict, reason: Reason, detail: str, mend: str) -> None:
+def test_a_graph_that_is_run_unfused_says_why(verdict: Agreement, reason: Reason, detail: str, fix: str) -> None:
     after = settled(report(graph(PENDING), graph()), verdict)
     (warning,) = after.warnings
     assert [(each.applied, each.lost, each.rewritten, each.refusals) for each in after.graphs] == [
@@ -204,7 +206,7 @@ def test_a_graph_that_is_run_unfused_says_why(verdict: Verdict, reason: Reason, 
     ] * 2
     assert warning.reason is reason
     assert detail in warning.detail
-    assert mend in (warning.mend or "")
+    assert fix in (warning.fix or "")
     assert (warning.rule, warning.provider) == (("w", "p") if verdict.verified else (None, None))
 
 

@@ -68,7 +68,7 @@ def fused(reports: list[fuseplan.Report]) -> list[int]:
 
 
 def fixes(report: fuseplan.Report) -> set[str | None]:
-    return {each.mend for each in report.near_misses}
+    return {each.fix for each in report.near_misses}
 
 
 @pytest.mark.parametrize("kind", [Block, BuiltIn])

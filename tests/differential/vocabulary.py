@@ -90,7 +90,8 @@ def quantize_rows_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def in_fours(x: Tensor) -> Tensor:
     """Groups of four where they divide a row."""
-    return x.unflatten(-1, (-1, 4 if x.shape[-1] % 4 == 0 else x.shape[-1]))
+    groups: Tensor = x.unflatten(-1, (-1, 4 if x.shape[-1] % 4 == 0 else x.shape[-1]))
+    return groups
 
 
 def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,17 +12,17 @@ from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, Store
 from torch.distributed import distributed_c10d
 
 from fuseplan.distributed import agreement
-from fuseplan.distributed.agreement import Verdict, agree, agree_in_groups, apart, failed, lost, refused
+from fuseplan.distributed.agreement import Agreement, agree, agree_in_groups, apart, failed, lost, refused
 from fuseplan.errors import UnsupportedError
 from tests.providers.stand_ins import ranks
 
 
 def settle(
     store: Store, digests: Sequence[str | None], *, deadline: float = 5.0, delays: dict[int, float] | None = None
-) -> list[Verdict]:
+) -> list[Agreement]:
     """One thread a rank; None: the rank never comes."""
 
-    def rank(number: int, digest: str) -> Verdict:
+    def rank(number: int, digest: str) -> Agreement:
         time.sleep((delays or {}).get(number, 0.0))
         return agree(
             store, graph="g", rank=number, size=len(digests), digest=digest,
@@ -34,15 +34,15 @@ def settle(
         return [run.result() for run in runs]
 
 
-def unfused(reason: str, **more: Any) -> Verdict:
-    return Verdict(fused=False, reason=reason, **more)
+def unfused(reason: str, **more: Any) -> Agreement:
+    return Agreement(fused=False, reason=reason, **more)
 
 
 @pytest.mark.parametrize(
     ("digests", "verdict"),
     [
-        (["plan"] * 2, Verdict(fused=True)),
-        (["plan"] * 4, Verdict(fused=True)),
+        (["plan"] * 2, Agreement(fused=True)),
+        (["plan"] * 4, Agreement(fused=True)),
         (["plan", failed(RuntimeError("no\ncompiler")), "plan"],
          unfused("rank 1 could not compile it: RuntimeError: no compiler")),
         # What is left in a collective counts before what failed.
@@ -54,7 +54,7 @@ def unfused(reason: str, **more: Any) -> Verdict:
         ([None, "plan", None], unfused("rank 0, 2 had no plan for it within 0.3 s")),
     ],
 )  # fmt: skip
-def test_the_worst_that_a_rank_says_is_the_verdict_of_all(digests: list[str | None], verdict: Verdict) -> None:
+def test_the_worst_that_a_rank_says_is_the_verdict_of_all(digests: list[str | None], verdict: Agreement) -> None:
     assert settle(HashStore(), digests, deadline=0.3 if None in digests else 5.0) == [verdict] * (
         len(digests) - digests.count(None)
     )
@@ -80,7 +80,7 @@ def test_one_that_is_late_is_told_what_the_others_settled_on() -> None:
 
 
 def test_one_that_is_slow_and_in_time_takes_part() -> None:
-    assert settle(HashStore(), ["plan", "plan"], deadline=10.0, delays={1: 0.5}) == [Verdict(fused=True)] * 2
+    assert settle(HashStore(), ["plan", "plan"], deadline=10.0, delays={1: 0.5}) == [Agreement(fused=True)] * 2
 
 
 def test_compiled_again_is_settled_again() -> None:
@@ -121,7 +121,7 @@ def test_a_store_that_is_gone_is_an_error() -> None:
 def test_a_group_whose_other_ranks_do_not_exist_waits_for_none_of_them() -> None:
     with ranks(2) as group:
         verdict = agree_in_groups([group], graph="g", digest="a", deadline_s=1.0)
-    assert verdict == Verdict(fused=True)
+    assert verdict == Agreement(fused=True)
 
 
 def test_a_rank_that_waits_looks_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,14 +135,14 @@ def test_a_rank_that_waits_looks_less_and_less_often(monkeypatch: pytest.MonkeyP
     store.set("fuseplan/agreement/g/1/1", "plan")
     monkeypatch.setattr(time, "sleep", pauses.append)
     verdict = agree(store, graph="g", rank=0, size=2, digest="plan", deadline=datetime.timedelta(seconds=9))
-    assert verdict == Verdict(fused=True)
+    assert verdict == Agreement(fused=True)
     assert pauses == [0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.02, 0.02]
 
 
 def test_a_rank_alone_asks_nobody(one_rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agreement, "agree", lambda *_, **__: pytest.fail("the other ranks are asked"))
     for names in ([one_rank], []):
-        assert agree_in_groups(names, graph="g", digest="a", deadline_s=1.0) == Verdict(fused=True)
+        assert agree_in_groups(names, graph="g", digest="a", deadline_s=1.0) == Agreement(fused=True)
 
 
 class Group(NamedTuple):
@@ -166,9 +166,9 @@ def test_the_group_that_has_all_ranks_of_the_others_settles(
 ) -> None:
     found: list[tuple[Any, ...]] = []
 
-    def agree(store: object, *, rank: int, size: int, deadline: datetime.timedelta, **rest: object) -> Verdict:
+    def agree(store: object, *, rank: int, size: int, deadline: datetime.timedelta, **rest: object) -> Agreement:
         found.append((store, rank, size, deadline.total_seconds(), rest))
-        return Verdict(fused=True)
+        return Agreement(fused=True)
 
     monkeypatch.setattr(agreement, "resolve", lambda name: Group(groups[int(name)]))
     monkeypatch.setattr(dist, "get_backend", lambda group: "gloo")

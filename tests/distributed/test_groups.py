@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import fuseplan
 from fuseplan.compilation.manager import PostGradPassManager
-from fuseplan.distributed import Verdict, agreement
+from fuseplan.distributed import Agreement, agreement
 from fuseplan.distributed.groups import elsewhere, timeout_of
 from fuseplan.providers import BUILT_IN_PROVIDERS, without_shared_memory
 from fuseplan.record import Reason, Report
@@ -105,9 +105,9 @@ def test_a_group_waits_as_long_as_it_was_told_to(monkeypatch: pytest.MonkeyPatch
     """Not as long as its backend does by default."""
     asked = []
 
-    def agree(store: object, *, deadline: datetime.timedelta, **rest: object) -> Verdict:
+    def agree(store: object, *, deadline: datetime.timedelta, **rest: object) -> Agreement:
         asked.append(deadline.total_seconds())
-        return Verdict(fused=True)
+        return Agreement(fused=True)
 
     monkeypatch.setattr(agreement, "agree", agree)
     dist.init_process_group("gloo", rank=0, world_size=1, store=HashStore(), timeout=datetime.timedelta(seconds=9))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed import distributed_c10d
 
-from fuseplan.distributed import Verdict, meeting
+from fuseplan.distributed import Agreement, meeting
 from fuseplan.distributed.meeting import BUSY, Meeting
 from fuseplan.errors import CollectiveError
 
@@ -96,9 +96,9 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     def agree(*reasons: str) -> list[str]:
         left, found = [*reasons], list[str]()
 
-        def answer(store: object, *, digest: str, **rest: object) -> Verdict:
+        def answer(store: object, *, digest: str, **rest: object) -> Agreement:
             found.append(digest)
-            return Verdict(fused=not left, reason=left.pop(0) if left else None)
+            return Agreement(fused=not left, reason=left.pop(0) if left else None)
 
         monkeypatch.setattr(meeting, "agree", answer)
         return found
@@ -125,12 +125,12 @@ def test_a_collective_is_begun_once_no_rank_is_in_another_one(heard: Callable[..
 def test_a_rank_whose_other_thread_is_in_a_collective_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     said, begun, ends = list[str](), threading.Event(), threading.Event()
 
-    def busy(store: object, *, digest: str, **rest: object) -> Verdict:
+    def busy(store: object, *, digest: str, **rest: object) -> Agreement:
         said.append(digest)
         if digest == "facts":
-            return Verdict(fused=True)
+            return Agreement(fused=True)
         ends.set()
-        return Verdict(fused=False, reason=f"rank 0 {BUSY}")
+        return Agreement(fused=False, reason=f"rank 0 {BUSY}")
 
     def other() -> None:
         with meeting._COLLECTIVE:

@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import HashStore
 
 from fuseplan.compilation import first_run
 from fuseplan.config import PassConfig
-from fuseplan.distributed import Verdict, workspace
+from fuseplan.distributed import Agreement, workspace
 from fuseplan.distributed.agreement import _verdict
 from fuseplan.distributed.groups import resolve, timeout_of
 from fuseplan.distributed.shared import SHARED
@@ -296,7 +296,7 @@ class Asked:
     def __init__(self) -> None:
         self.digests: list[str] = []
 
-    def __call__(self, names: Any, *, graph: str, digest: str, deadline_s: float | None) -> Verdict:
+    def __call__(self, names: Any, *, graph: str, digest: str, deadline_s: float | None) -> Agreement:
         self.digests.append(digest)
         return _verdict({0: digest, 1: digest}, [], "", "")
 
@@ -318,10 +318,10 @@ def test_ranks_that_agree_share_memory_and_agree_again(asked: Asked, monkeypatch
 
     monkeypatch.setattr(first_run, "prepare", prepare)
     graph = fx.GraphModule({}, fx.Graph())
-    assert first_run.settle(graph, report(WANTED, WANTED), "digest", PassConfig(), ()) == Verdict(fused=True)
+    assert first_run.settle(graph, report(WANTED, WANTED), "digest", PassConfig(), ()) == Agreement(fused=True)
     assert prepared == [(WANTED,)]
     assert asked.digests == ["digest", "digest 132 processors"]
-    assert first_run.settle(graph, report(), "other", PassConfig(), ()) == Verdict(fused=True)
+    assert first_run.settle(graph, report(), "other", PassConfig(), ()) == Agreement(fused=True)
     assert asked.digests[2:] == ["other"]
 
 
@@ -346,7 +346,7 @@ def test_a_rank_that_can_not_share_memory_says_so_whatever_it_is(
     assert asked.digests[1].startswith(f"apart: {said}")
 
 
-def agreed(verdict: Verdict, apart: Callable[[str], Any]) -> first_run.AgreedGraph:
+def agreed(verdict: Agreement, apart: Callable[[str], Any]) -> first_run.AgreedGraph:
     return first_run.AgreedGraph(
         lambda x: x + 1, unfused=lambda: lambda x: x, apart=apart, settle=lambda: verdict, tell=lambda verdict: None
     )
@@ -356,12 +356,12 @@ def test_what_can_not_be_planned_without_shared_memory_is_run_unfused() -> None:
     def refuse(why: str) -> Any:
         raise PlanError("it is forced")
 
-    assert agreed(Verdict(fused=False, apart=True, reason="far"), refuse)(1) == 1
+    assert agreed(Agreement(fused=False, apart=True, reason="far"), refuse)(1) == 1
 
 
 def test_a_graph_raises_what_an_earlier_call_of_its_kernels_found_out(one_rank: str) -> None:
     space = workspace_of(one_rank, CPU, torch.bfloat16, 4096)
-    graph = agreed(Verdict(fused=True), lambda why: None)
+    graph = agreed(Agreement(fused=True), lambda why: None)
     assert graph(1) == 2
     space.failure[0] = 1
     with pytest.raises(CollectiveError, match="waited"):

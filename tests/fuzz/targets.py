@@ -94,7 +94,7 @@ def _read_lock(content: bytes) -> None:
     lock = FusionLock.load(_path(content))
     assert FusionLock.load(_path(lock.text().encode())) == lock
     found = drifts(lock, REPORT)
-    _shown(render_verdict(Verdict(path="a.lock", lock=lock, found=lock, drifts=found, mend="mend")))
+    _shown(render_verdict(Verdict(path="a.lock", lock=lock, found=lock, drifts=found, fix="fix")))
     config_of(lock.settings)
 
 

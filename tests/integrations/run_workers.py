@@ -30,7 +30,7 @@ OP = ops.all_reduce_fused_add_rms_norm
 def sums(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, rounding: str, group_name: str
 ) -> tuple[Tensor, Tensor]:
-    """A kernel in which ranks meet, as FlashInfer's."""
+    """A collective kernel, as FlashInfer's."""
     total = x.float()
     dist.all_reduce(total, group=process_group(group_name))
     y, residual_out = ops.fused_add_rms_norm.reference(total.to(x.dtype), residual, weight, eps, rounding)

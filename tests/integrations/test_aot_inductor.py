@@ -150,7 +150,7 @@ def test_only_what_was_chosen_is_said_to_be_left_out(
     assert not reports[0].graphs[0].applied
     why = f"can't be called by AOTInductor's packages before torch 99; this is {torch.__version__}"
     text = f"act_padding is not applied: torch's fused_add_rms_norm_pad {why}"
-    told = [(each.reason, each.detail, each.mend) for each in reports[0].warnings]
+    told = [(each.reason, each.detail, each.fix) for each in reports[0].warnings]
     assert told == ([(Reason.PACKAGE, text, "forbid act_padding:torch")] if is_told else [])
 
 

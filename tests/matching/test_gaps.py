@@ -88,7 +88,7 @@ def test_what_is_there_in_the_place_of_a_norm(computed: bool, viewed: bool) -> N
     found = "aten.mm.default" if computed else "an input of the graph"
     assert (refusal.nearness, refusal.reason) == (Nearness.ABSENT, Reason.OP)
     assert refusal.detail == f"expected rms_norm before pad, found {found}"
-    assert (refusal.expected, refusal.found, refusal.mend) == ("rms_norm", found, None)
+    assert (refusal.expected, refusal.found, refusal.fix) == ("rms_norm", found, None)
     assert refusal.nodes == (("mm_default", "pad_default") if computed else ("pad_default",))
     assert refusal.code == ("mm_default" if computed else "pad_default")
     assert (refusal.rule, refusal.op) == ("act_padding", "fused_add_rms_norm")
@@ -154,7 +154,7 @@ THE_ONE: dict[str, tuple[Model, str, dict[str, Any]]] = {
     ),
     "and where others read a further result": (
         lambda x, r, w: (ops.pad(sin((both := added(x, r, w))[0]), 28), both[1]),
-        "act_padding", {"mend": "do it after pad"},
+        "act_padding", {"fix": "do it after pad"},
     ),
     "those of the first of several edges": (
         lambda x, r, w: ops.pad(norm(exp(half(aten.cos.default(reduced(x)))), w), 28),
@@ -168,10 +168,10 @@ THE_ONE: dict[str, tuple[Model, str, dict[str, Any]]] = {
         {"detail": "aten.sin.default stands between all_reduce and fused_add_rms_norm; so does aten.tanh.default"},
     ),
     "without a hint where others read what is between": (
-        lambda x, r, w: (tanh(z := sin(norm(x, w))), exp(z)), "norm_tanh", {"found": "aten.sin.default", "mend": None},
+        lambda x, r, w: (tanh(z := sin(norm(x, w))), exp(z)), "norm_tanh", {"found": "aten.sin.default", "fix": None},
     ),
     "or what is before": (
-        lambda x, r, w: (tanh(sin(y := norm(x, w))), exp(y)), "norm_tanh", {"found": "aten.sin.default", "mend": None},
+        lambda x, r, w: (tanh(sin(y := norm(x, w))), exp(y)), "norm_tanh", {"found": "aten.sin.default", "fix": None},
     ),
     "an obstacle between the two, once": (
         lambda x, r, w: norm(sin(reduced(x)), w),
@@ -199,7 +199,7 @@ THE_ONE: dict[str, tuple[Model, str, dict[str, Any]]] = {
         {"reason": Reason.OP, "nearness": Nearness.OBSTRUCTED, "detail": "all_reduce is added as the residual of "
          "fused_add_rms_norm, whose other addend is reduced, too", "expected": "one all_reduce",
          "found": "two of all_reduce", "nodes": ("fused_add_rms_norm_default", "all_reduce_default_1"),
-         "mend": "add before the all_reduce, once, instead of after both"},
+         "fix": "add before the all_reduce, once, instead of after both"},
     ),
     "of two absent ones the first": (
         lambda x, r, w: (add(aten.cumsum.default(x, 0), aten.cumprod.default(r, 0)), norm(x, w)),
@@ -210,7 +210,7 @@ THE_ONE: dict[str, tuple[Model, str, dict[str, Any]]] = {
     "another constant than the rule's": (
         lambda x, r, w: add(norm(x, w), r, alpha=2),
         "norm_added",
-        {"nearness": Nearness.REFUSED, "reason": Reason.ATTRIBUTE, "expected": "1", "found": "2", "mend": None,
+        {"nearness": Nearness.REFUSED, "reason": Reason.ATTRIBUTE, "expected": "1", "found": "2", "fix": None,
          "detail": "aten.add.Tensor takes 2, and the rule has 1 there", "nodes": ("add_tensor",), "code": "add_tensor"},
     ),
     "a variable that is two things": (
@@ -329,10 +329,10 @@ BETWEEN: dict[str, tuple[Callable[[Any], Any], Reason, str, str, str | None]] = 
 
 @pytest.mark.parametrize("what", BETWEEN)
 def test_between_a_norm_and_a_pad_is_blamed(what: str) -> None:
-    step, reason, code, detail, mend = BETWEEN[what]
+    step, reason, code, detail, fix = BETWEEN[what]
     refusal = the_one(before_pad(step), "act_padding")
     detail = detail.format("stands between rms_norm and pad")
-    assert (refusal.reason, refusal.code, refusal.detail, refusal.mend) == (reason, code, detail, mend)
+    assert (refusal.reason, refusal.code, refusal.detail, refusal.fix) == (reason, code, detail, fix)
 
 
 BEHIND: dict[str, tuple[Callable[..., Any], Reason, str, str, str | None]] = {
@@ -375,15 +375,15 @@ BEHIND: dict[str, tuple[Callable[..., Any], Reason, str, str, str | None]] = {
 
 @pytest.mark.parametrize("what", BEHIND)
 def test_between_an_all_reduce_and_a_norm_is_blamed(what: str) -> None:
-    step, reason, code, detail, mend = BEHIND[what]
+    step, reason, code, detail, fix = BEHIND[what]
     refusal = missed(behind_reduce(step), "allreduce_rms")[-1]
     detail = detail.format("stands between all_reduce and rms_norm")
-    assert (refusal.reason, refusal.code, refusal.detail, refusal.mend) == (reason, code, detail, mend)
+    assert (refusal.reason, refusal.code, refusal.detail, refusal.fix) == (reason, code, detail, fix)
 
 
 def test_a_hint_is_only_given_where_following_it_suffices() -> None:
     for group, hint in (("g", "scale before all_reduce"), ("unknown", None)):
-        assert the_one(behind_reduce(lambda y, r: mul(y, 2.0), group), "allreduce_rms").mend == hint
+        assert the_one(behind_reduce(lambda y, r: mul(y, 2.0), group), "allreduce_rms").fix == hint
 
 
 @pytest.mark.parametrize("computed", [False, True])
@@ -467,7 +467,7 @@ def test_places_that_differ_in_what_is_there_are_tried_anew() -> None:
         sums = [added(each, r, w) for each in (first, second)]
         return [(ops.pad(aten.sin.default(y), 28), total) for y, total in sums], aten.exp.default(second)
 
-    assert [refusal.mend for refusal in missed(model, "allreduce_rms_padding")] == ["do it after pad", None]
+    assert [refusal.fix for refusal in missed(model, "allreduce_rms_padding")] == ["do it after pad", None]
 
 
 # Prologues.
@@ -498,7 +498,7 @@ def test_a_residual_where_what_the_norm_adds_to_it_is_computed_from_another() ->
 
     of_other, refusal = in_graph(canonicalize(quickly_traced(model, *INPUTS.values())), "allreduce_rms")
     assert of_other.detail.startswith("aten.sigmoid.default stands between all_reduce and fused_add_rms_norm")
-    assert (refusal.reason, refusal.nearness, refusal.mend) == (Reason.OP, Nearness.OBSTRUCTED, None)
+    assert (refusal.reason, refusal.nearness, refusal.fix) == (Reason.OP, Nearness.OBSTRUCTED, None)
     assert refusal.detail == (
         "all_reduce is added as the residual of fused_add_rms_norm, whose other addend, aten.sigmoid.default, is "
         "computed from all_reduce, too"
@@ -520,7 +520,7 @@ def test_a_residual_by_the_order_in_which_an_op_was_called(computed: bool) -> No
         f"{found}"
     )
     assert (refusal.expected, refusal.found) == ("all_reduce", found)
-    assert refusal.mend == "swap the two addends of fused_add_rms_norm"
+    assert refusal.fix == "swap the two addends of fused_add_rms_norm"
     assert refusal.nodes == ("fused_add_rms_norm_default", "all_reduce_default")
 
 
@@ -739,7 +739,7 @@ def test_what_a_rule_that_is_off_would_match() -> None:
     assert (first.reason, first.rule, first.op) == (Reason.DISABLED, "act_padding", "rms_norm")
     assert first.nodes == ("rms_norm_default",)
     assert first.detail == "it matches, and fuse_act_padding=False switches it off"
-    assert first.mend == "leave fuse_act_padding out, or set it to True"
+    assert first.fix == "leave fuse_act_padding out, or set it to True"
     assert (first.expected, first.found) == ("fuse_act_padding not False", "fuse_act_padding=False")
     assert (first.source, first.site, first.nearness) == ("layers.0.norm", "layers.0.norm", Nearness.REFUSED)
     assert (first.line, first.code) == (line_of(canonical.original, "rms_norm_default"), "rms_norm_default")

@@ -296,7 +296,7 @@ def test_a_sum_that_the_graph_slices_is_no_value_of_its_own(one_rank: str) -> No
     (miss,) = found.misses
     assert (miss.refusal.reason, miss.refusal.nearness) == (Reason.LAYOUT, Nearness.REFUSED)
     assert "is returned from the graph: its strides are (96, 1)" in miss.refusal.detail
-    assert ".contiguous()" in str(miss.refusal.mend)
+    assert ".contiguous()" in str(miss.refusal.fix)
 
 
 def test_a_fusion_that_reads_what_another_yields_reads_what_its_kernel_was_checked_for() -> None:

@@ -101,7 +101,7 @@ def test_another_collective_before_a_norm_is_named(name: str, one_rank: str) -> 
     (row,) = near_misses(lambda x, r, w: llama(reduce(x, one_rank), r, w)[0], X, R, W)
     assert (row.rule, row.nearness, row.reason) == ("allreduce_rms", Nearness.UNRECOGNIZED, reason)
     assert detail in row.detail
-    assert (row.mend is None) is (name != "coalesced")
+    assert (row.fix is None) is (name != "coalesced")
 
 
 def test_one_of_another_kind_right_before_the_core_of_what_is_obstructed(one_rank: str) -> None:
@@ -165,7 +165,7 @@ def test_values_read_by_others_stay_refusals_where_no_op_keeps_them(one_rank: st
     assert not near_misses(normed, X, W, torch.tensor([0.02]))
     (row,) = near_misses(reduced, X, X.flip(0), W)
     assert (row.rule, row.nearness, row.reason) == ("allreduce_rms", Nearness.REFUSED, Reason.USERS)
-    assert row.mend is None, "the model means relu to read it"
+    assert row.fix is None, "the model means relu to read it"
 
 
 # What looks like a dialect op.
@@ -200,14 +200,14 @@ LOOKALIKES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str, str | None]
 
 @pytest.mark.parametrize("name", LOOKALIKES)
 def test_what_looks_like_a_norm_says_why_it_is_none(name: str, one_rank: str) -> None:
-    norm, expected, mend = LOOKALIKES[name]
+    norm, expected, fix = LOOKALIKES[name]
     rows = near_misses(lambda x, w: F.pad(norm(all_reduce(x, one_rank), w), (0, 8)), X, W)
     assert {row.rule for row in rows} == {"allreduce_rms", "act_padding", "allreduce_rms_padding"}
     for row in rows:
         assert row.nearness is Nearness.UNRECOGNIZED
         assert row.detail.startswith("RMSNorm not recognised: ")
         assert expected in row.detail
-        assert mend in str(row.mend) if mend else row.mend is None
+        assert fix in str(row.fix) if fix else row.fix is None
         assert row.line is not None
         assert row.line.startswith("test_near_misses.py:")
 
@@ -241,7 +241,7 @@ def test_a_residual_in_float32_is_blamed_for_its_dtype() -> None:
     (row,) = near_misses(lambda x, r, w: gpt_oss(x.float() + r, None, w)[0].bfloat16(), X, R.float(), W)
     assert row.reason is Reason.DTYPE
     assert "a float32 sum of bfloat16 and float32" in row.detail
-    assert row.mend is None, "in bfloat16 it would be rounded in each layer"
+    assert row.fix is None, "in bfloat16 it would be rounded in each layer"
 
 
 def silu_and_mul(change: Callable[[Tensor, Tensor], Any]) -> list[NearMiss]:
@@ -310,12 +310,12 @@ QUANTISATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Reason, str, str | No
 
 @pytest.mark.parametrize("name", QUANTISATIONS)
 def test_what_looks_like_a_quantisation_says_why_it_is_none(name: str) -> None:
-    change, reason, expected, mend = QUANTISATIONS[name]
+    change, reason, expected, fix = QUANTISATIONS[name]
     (row,) = near_misses(lambda x, w: change(llama(x, None, w)[0]), X, W)
     assert row.nearness is Nearness.UNRECOGNIZED
     assert row.reason is reason
     assert expected in row.detail
-    assert mend in str(row.mend) if mend else row.mend is None
+    assert fix in str(row.fix) if fix else row.fix is None
 
 
 SCALES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -339,7 +339,7 @@ def test_rows_that_are_cut_are_other_rows() -> None:
     (row,) = near_misses(model, X, W)
     assert "aten.reshape.default stands between" in row.detail
     assert "rows of 64 become rows of 48" in row.detail
-    assert row.mend is None
+    assert row.fix is None
 
 
 ADDITIONS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Reason, str, str | None]] = {
@@ -368,7 +368,7 @@ def test_an_addition_that_is_no_residual_add_says_why(name: str, one_rank: str) 
     (row,) = near_misses(lambda x, r, w: built_in(change(all_reduce(x, one_rank), r), None, w)[0], X, r, w)
     assert (row.rule, row.nearness, row.reason) == ("allreduce_rms", Nearness.OBSTRUCTED, reason)
     assert expected in row.detail
-    assert row.mend == hint
+    assert row.fix == hint
 
 
 @pytest.mark.parametrize("left", [torch.bfloat16, torch.float32])
@@ -519,7 +519,7 @@ def test_who_follows_a_hint_has_the_fusion_and_the_same_numbers(name: str, one_r
         return lambda x, r, w, s: model(lambda part: all_reduce(part, one_rank), x, r, w, s)
 
     row = near_misses(reducing(advice.model), X, R, W, Z, rule=advice.rule)[0]
-    assert row.mend == advice.hint
+    assert row.fix == advice.hint
     assert matched(reducing(advice.model), advice.rule) == advice.fused_before
     assert matched(reducing(advice.followed), advice.rule) == 1
     inputs = [each.double() for each in (X, R, W, Z)]
@@ -540,7 +540,7 @@ def test_no_hint_is_given_that_would_change_the_numbers_or_not_help(name: str, o
     model, reason = NO_ADVICE[name]
     rows = near_misses(lambda x, r, w, s: model(lambda p: all_reduce(p, one_rank), x, r, w, s), X, R, W, Z)
     row = next(row for row in rows if row.rule == "allreduce_rms")
-    assert (row.reason, row.mend) == (reason, None)
+    assert (row.reason, row.fix) == (reason, None)
 
 
 def test_an_addend_that_is_reduced_in_float32_is_blamed_for_its_dtype(one_rank: str) -> None:
@@ -549,7 +549,7 @@ def test_an_addend_that_is_reduced_in_float32_is_blamed_for_its_dtype(one_rank: 
         return w * (total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-6)).bfloat16()
 
     row = near_misses(model, X, R, W, rule="allreduce_rms")[0]
-    assert (row.reason, row.mend) == (Reason.DTYPE, None)
+    assert (row.reason, row.fix) == (Reason.DTYPE, None)
     assert "float32" in row.detail
     assert "reduced, too" not in row.detail
 

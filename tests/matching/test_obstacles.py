@@ -105,7 +105,7 @@ def test_the_first_cause_is_the_planted_obstacle(name: str, workload: str) -> No
     assert first.rule in ("allreduce_rms", "act_padding")
     is_folded = bool(obstacle.folded) and obstacle.folded in first.detail
     assert (first.reason, obstacle.detail in first.detail or is_folded) == (obstacle.reason, True), first
-    assert first.mend == obstacle.hint
+    assert first.fix == obstacle.hint
     if name == "disabled flag":
         assert first.count == len(first.sites) > len(made.places) / 2
         assert place.norm in first.sites

@@ -97,12 +97,12 @@ REFUSED: dict[str, tuple[Model, Rule, dict[str, Any]]] = {
         {"reason": Reason.LAYOUT, "detail": "aten.as_strided.default (as_strided_default) reads the memory of rms_norm "
          "(rms_norm_default) by its strides", "nodes": ("as_strided_default", "rms_norm_default"),
          "code": "as_strided_default", "expected": "readers by shape", "found": "aten.as_strided.default",
-         "mend": "index, slice or reshape instead"},
+         "fix": "index, slice or reshape instead"},
     ),
     "an argument that depends on a result": (
         lambda x, r, w: add(y := norm(x, w), exp(y)),
         NormAdded(),
-        {"reason": Reason.CYCLE, "mend": None, "detail": "an input of the fused op depends on one of its results",
+        {"reason": Reason.CYCLE, "fix": None, "detail": "an input of the fused op depends on one of its results",
          "nodes": ("rms_norm_default", "add_tensor"), "code": "add_tensor"},
     ),
 }  # fmt: skip
@@ -142,7 +142,7 @@ def test_the_first_in_place_op_between_two_nodes_is_named(to: str, later: bool) 
         model, NormTanh(), reason=Reason.MUTATION, code="mul__tensor",
         detail="aten.mul_.Tensor (mul__tensor), an in-place op, stands between two nodes of the match",
         nodes=("mul__tensor", "rms_norm_default", "tanh_default"), expected="no in-place op",
-        found="aten.mul_.Tensor", mend="write in place before or after all of them" if to == "other" else None,
+        found="aten.mul_.Tensor", fix="write in place before or after all of them" if to == "other" else None,
     )  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def test_a_group_of_other_processes() -> None:
     assert refusal.reason is Reason.GROUP
     assert refusal.detail == "the process group 'g' of the all-reduce isn't known in this process"
     assert (refusal.expected, refusal.found) == ("a group of this process", "group 'g'")
-    assert refusal.mend == "initialise torch.distributed and the group before the model is compiled"
+    assert refusal.fix == "initialise torch.distributed and the group before the model is compiled"
     assert (refusal.nodes, refusal.code) == (("rms_norm_default",), "rms_norm_default")
 
 
@@ -201,7 +201,7 @@ def test_what_a_check_refuses_is_told_on_the_line_that_reads_it(
     variable: str, nodes: tuple[str, ...], code: str
 ) -> None:  # fmt: skip
     refused(
-        checked_model, Checked(variable), reason=Reason.SIZE, detail=f"it is {variable}", mend="take another",
+        checked_model, Checked(variable), reason=Reason.SIZE, detail=f"it is {variable}", fix="take another",
         nodes=nodes, code=code, source="layers.0.norm", line=line_of(canonical_of(checked_model).original, code),
     )  # fmt: skip
     refused(checked_model, Checked(variable, source="elsewhere"), source="elsewhere")
@@ -342,7 +342,7 @@ def test_a_collective_kernel_in_workspaces_of_ours_shares_them(alone: bool, one_
 
 def test_what_a_check_says_is_reported_as_it_is() -> None:
     why = Refusal(
-        reason=Reason.SIZE, detail="rows of 64", expected="rows of 128", found="rows of 64", mend="widen the rows"
+        reason=Reason.SIZE, detail="rows of 64", expected="rows of 128", found="rows of 64", fix="widen the rows"
     )  # fmt: skip
     asked: list[Bindings] = []
 
@@ -356,7 +356,7 @@ def test_what_a_check_says_is_reported_as_it_is() -> None:
 
     refusal = the_refusal(provider("a", offer=Offer(accepts=accepts, most_rows=most_rows)), rows_of=rows(12, 12))
     assert (refusal.reason, refusal.detail, refusal.provider) == (Reason.SIZE, "rows of 64", "a")
-    assert (refusal.expected, refusal.found, refusal.mend) == ("rows of 128", "rows of 64", "widen the rows")
+    assert (refusal.expected, refusal.found, refusal.fix) == ("rows of 128", "rows of 64", "widen the rows")
     the_refusal(provider("a", offer=Offer(most_rows=most_rows)), rows_of=rows(12, 12))
     assert [(m.rule, m.right, tuple(m.x.shape)) for m in asked] == [("act_padding", 28, (12, 64))] * 2
 
@@ -405,7 +405,7 @@ def test_a_kernel_that_rounds_otherwise_is_refused_until_it_may(
             refusal = the_refusal(kernel, allow_rounding_changes=may)
             assert (refusal.reason, refusal.detail) == (Reason.ROUNDING, f"a's rms_norm_pad {differs}")
             assert (refusal.found, refusal.provider) == ("llama", "a")
-            assert refusal.mend == ("set allow_rounding_changes" if taken else None)
+            assert refusal.fix == ("set allow_rounding_changes" if taken else None)
 
 
 ATTENTION_INPUTS = {name: randn(1, 2, 4, 8, seed=seed) for seed, name in enumerate("qkv")}
@@ -428,7 +428,7 @@ def test_kernels_of_attention_that_round_otherwise(graph: str, kernel: str, diff
     kernels = [provider("a", "fused_attention", offer=Offer(roundings=frozenset({kernel})))]
     (miss,) = find_matches(canonical, rules, kernels, H200).misses
     assert miss.refusal.detail == f"a's fused_attention {differs}"
-    assert miss.refusal.mend == ("set allow_rounding_changes" if known else None)
+    assert miss.refusal.fix == ("set allow_rounding_changes" if known else None)
     changed = find_matches(canonical, rules, kernels, H200, allow_rounding_changes=True).candidates
     assert [match.rounding_change for match in changed] == ([(graph, kernel)] if known else [])
 
@@ -454,7 +454,7 @@ LIMITS: dict[str, tuple[Any, Any, bool, dict[str, Any] | None]] = {
     "one more": (
         48, rows(49, 49), False,
         {"detail": "a takes up to 48 rows of this width, and the range has up to 49", "expected": "at most 48 rows",
-         "found": "up to 49 rows", "mend": "end a compile range at 48 tokens"},
+         "found": "up to 49 rows", "fix": "end a compile range at 48 tokens"},
     ),
     "more than planned, without a limit": (
         48, rows(40, math.inf), False,
@@ -469,7 +469,7 @@ LIMITS: dict[str, tuple[Any, Any, bool, dict[str, Any] | None]] = {
     "a limit that hangs on a dynamic width": (
         object(), rows(1, 1), False,
         {"detail": "a takes as many rows as their width lets it, and the width isn't known", "expected": None,
-         "found": None, "mend": "mark the width static"},
+         "found": None, "fix": "mark the width static"},
     ),
     "the same where larger calls run the reference": (object(), rows(1, 1), True, None),
 }  # fmt: skip
@@ -510,7 +510,7 @@ def test_who_can_not_run_here_says_so_of_what_it_implements_alone() -> None:
     assert (miss.refusal.detail, miss.refusal.provider) == ("b can't run here: its library is too old", "b")
     refusal = the_refusal(unready("b"), device=None)
     assert refusal.detail == "b can't run here: its library is too old"
-    assert (refusal.mend, refusal.provider) == ("pip install it", "b")
+    assert (refusal.fix, refusal.provider) == ("pip install it", "b")
 
 
 def test_who_serves_other_devices_is_not_told_of() -> None:
@@ -524,4 +524,4 @@ def test_who_has_an_owner_that_can_tell_is_told_of() -> None:
     """It is its owner's, who asked for it: even where it isn't its check that refuses."""
     refusal = the_refusal(unready("b", vendors=frozenset({"amd"})))
     assert refusal.detail.startswith("b can't run here: serves AMD")
-    assert refusal.mend is None
+    assert refusal.fix is None

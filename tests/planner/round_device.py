@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from fuseplan.devices.hardware import Attention, Choice, Dispatch, Linear, Shots
-from fuseplan.planner.costs import Aiter, Constant, Gate, Hardware, Peers, Protocol
+from fuseplan.planner.costs import Aiter, Constant, Hardware, OneStageLimits, Peers, Protocol
 
 
 def ns(value: float) -> Constant:
@@ -51,7 +51,7 @@ DEVICE = Hardware(
     triton=Peers(signal=ns(400), second=ns(400), step=ns(0), bandwidth=rate(16), mesh=False, stages=True),
     flashinfer=Peers(signal=ns(200), second=ns(200), step=ns(0), bandwidth=rate(8), mesh=False, stages=False),
 )  # fmt: skip
-GATE = Gate(source="round", max_tokens=10, max_bytes={2: None, 4: 4000})
+GATE = OneStageLimits(source="round", max_tokens=10, max_bytes={2: None, 4: 4000})
 WITH_AITER = replace(
     DEVICE, vendor="amd", library=(), shots=(), engines={}, flashinfer=None,
     aiter=Aiter(

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.contest import Contest
 from fuseplan.devices.reduces import without_multicast
-from fuseplan.planner.costs import AITER_GATE_LATER, AITER_GATE_MAY_2026, HARDWARE, Gate, Kernel, Region
+from fuseplan.planner.costs import AITER_GATE_LATER, AITER_GATE_MAY_2026, HARDWARE, Kernel, OneStageLimits, Region
 from tests.planner.parts import DYNAMIC, NORM, SILU, STATIC, Padding
 from tests.planner.round_device import DEVICE, GATE, WITH_AITER
 
@@ -246,7 +246,7 @@ PLAIN = HARDWARE["mi355x"].aiter.plain
         (GATE, 10, 5, 3999, 3, True), (GATE, 10, 5, 3999, 4, True), (GATE, 10, 5, 4000, 4, False),
         (replace(GATE, max_tokens=None), 11, 5, 1, 2, True),
         (NARROW, 1, 5, 1, 2, True), (NARROW, 1, 6, 1, 2, False),
-        (Gate(source="no ranks"), 1, 1, 1, 2, False),
+        (OneStageLimits(source="no ranks"), 1, 1, 1, 2, False),
         (AITER_GATE_MAY_2026, 80, 2048, 10**9, 2, True), (AITER_GATE_MAY_2026, 81, 2048, 1, 2, False),
         (AITER_GATE_LATER, 80, 2880, 256 * KIB - 1, 4, True), (AITER_GATE_LATER, 80, 2880, 256 * KIB, 4, False),
         (PLAIN, 10**6, 7, 10**9, 2, True),
@@ -254,7 +254,7 @@ PLAIN = HARDWARE["mi355x"].aiter.plain
     ],
 )  # fmt: skip
 def test_a_gate_by_tokens_width_bytes_and_ranks(
-    gate: Gate, tokens: int, width: int, nbytes: int, ranks: int, expected: bool
+    gate: OneStageLimits, tokens: int, width: int, nbytes: int, ranks: int, expected: bool
 ) -> None:
     assert gate.takes_one_stage(tokens=tokens, width=width, nbytes=nbytes, ranks=ranks) is expected
 

@@ -79,9 +79,9 @@ def test_what_nobody_priced_is_left_out_with_a_warning_and_its_places() -> None:
     (warning,) = report.warnings
     assert warning.reason is Reason.UNPRICED
     assert "no price is known for declared_gated_norm by declared_" in warning.detail
-    assert warning.mend is not None
-    assert "fuseplan.measurement.tune" in warning.mend
-    assert "cost=" in warning.mend
+    assert warning.fix is not None
+    assert "fuseplan.measurement.tune" in warning.fix
+    assert "cost=" in warning.fix
     (miss,) = [each for each in report.near_misses if each.reason is Reason.UNPRICED]
     assert (miss.rule, miss.nearness, miss.count) == ("gated_norm", Nearness.REFUSED, 1)
 

@@ -78,7 +78,7 @@ def test_an_unknown_gpu_is_priced_by_what_torch_reports(monkeypatch: pytest.Monk
     (refusal,) = assumed_constants(hardware)
     for text in ("nvidia-rtx-a6000 has no profile", "launch, generated_norm and its links are assumed"):
         assert text in refusal.detail
-    assert "fuseplan tune --device-only" in str(refusal.mend)
+    assert "fuseplan tune --device-only" in str(refusal.fix)
 
 
 def test_of_a_gpu_that_says_nothing_all_is_assumed(monkeypatch: pytest.MonkeyPatch) -> None:

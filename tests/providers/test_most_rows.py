@@ -93,7 +93,7 @@ def test_one_that_does_not_is_no_candidate_there() -> None:
     assert report.fused["act_padding"] == 0
     (miss,) = [each for each in report.near_misses if each.provider == "bare_many"]
     assert miss.detail == "bare_many takes up to 8192 rows of this width, and nothing limits those of the graph"
-    assert (miss.found, miss.mend) == ("any number of rows", "end a compile range at 8192 tokens")
+    assert (miss.found, miss.fix) == ("any number of rows", "end a compile range at 8192 tokens")
 
 
 def test_a_graph_is_not_planned_for_a_kernel_that_serves_few_of_its_sizes() -> None:

@@ -80,7 +80,7 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = BY_NAME["aiter"].unavailable()
     assert missing is not None
     assert missing.detail == "the package aiter is not installed"
-    assert missing.mend == "install AITER 0.1.20 or newer from its ROCm release"
+    assert missing.fix == "install AITER 0.1.20 or newer from its ROCm release"
     other = BY_NAME["flashinfer"].unavailable()
     assert other is not None
     assert other.detail == "serves NVIDIA GPUs, and this machine has AMD GPUs"

@@ -212,7 +212,7 @@ def test_a_dynamic_cache_is_left_alone_and_no_gain_is_promised() -> None:
     (miss,) = [each for each in growing.near_misses if each.rule == "grouped_attention"]
     assert (miss.count, miss.reason) == (layers_of(model), "size")
     assert "the graph doesn't know these to be equal" in miss.detail
-    assert not any(character.isdigit() for character in miss.mend or "")
+    assert not any(character.isdigit() for character in miss.fix or "")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -61,7 +61,7 @@ def test_a_gpus_kernel_is_planned_once_a_layer_where_rounding_may_change(name: s
     report = model.explain(device="h100")
     assert providers(report) == []
     (miss,) = [each for each in report.near_misses if each.rule == "eager_attention" and each.provider == "triton"]
-    assert (miss.count, miss.reason, miss.mend) == (LAYERS, "rounding", "set allow_rounding_changes")
+    assert (miss.count, miss.reason, miss.fix) == (LAYERS, "rounding", "set allow_rounding_changes")
 
 
 KINDS = [("gemma2", 1, 3, PROMPT), ("gemma2", 1, 1, 11), ("llama", 1, 1, PROMPT), ("gemma2", 3, 3, PROMPT),

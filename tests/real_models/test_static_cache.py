@@ -205,4 +205,4 @@ def test_a_dynamic_cache_is_a_near_miss(name: str) -> None:
     (miss,) = [each for each in report.near_misses if each.rule == rule]
     assert miss.count == LAYERS
     assert "a cache that grows" in miss.detail
-    assert "StaticCache" in (miss.mend or "")
+    assert "StaticCache" in (miss.fix or "")

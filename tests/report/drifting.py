@@ -89,7 +89,7 @@ def causes() -> Iterator[tuple[str, FusionLock, Report]]:
         ("another rule that is off", [refusal("norm_quant", PLACE, "off", **off)], False),
         ("its provider declines", [refusal(BOTH, PLACE, "declined", provider="triton", **declined)], False),
         ("another provider declines", [refusal(BOTH, PLACE, provider="aiter", **declined)], False),
-        ("left alone", [Refusal(reason=Reason.TRAINING, detail="it has a backward", mend="use no_grad")], False),
+        ("left alone", [Refusal(reason=Reason.TRAINING, detail="it has a backward", fix="use no_grad")], False),
     ):
         yield title, *lost(ours)
         if broken_too:
@@ -150,7 +150,7 @@ def told(lock: FusionLock, now: Report) -> str:
 def expected() -> Iterator[tuple[str, Report, dict[str, int]]]:
     """(title, report, expected counts)."""
     there = graph(ALL[:2], [loss(BOTH, PLACE, forbidden=True)], [refusal(BOTH, "layers.8.norm"), refusal(PAD, None)])
-    several = [refusal(PAD, PLACE, name, line=None, mend=None) for name in "abcdefgg"]
+    several = [refusal(PAD, PLACE, name, line=None, fix=None) for name in "abcdefgg"]
     two = report(graph(), replace(graph(), graph="graph_1"), breaks=(BREAK,))
     yield "as many", report(there), {BOTH: 2}
     yield "too many", report(there), {BOTH: 1, PAD: 0}
@@ -161,7 +161,7 @@ def expected() -> Iterator[tuple[str, Report, dict[str, int]]]:
     yield "a break where none is expected", two, {PAD: 0}
     yield "a rule that is off", report(graph(), rules=()), {PAD: 1}
     yield "a policy that is off", report(graph(refusals=several), policy="off"), {PAD: 1}
-    left = Refusal(reason=Reason.TRAINING, detail="the graph has a backward", mend="use no_grad")
+    left = Refusal(reason=Reason.TRAINING, detail="the graph has a backward", fix="use no_grad")
     yield "a graph that is left alone", report(graph(refusals=[left])), {PAD: 1}
 
 
@@ -169,10 +169,10 @@ def verdicts() -> Iterator[tuple[str, Verdict, Sequence[str]]]:
     """(title, verdict, what paragraphs of it start with; all where there is nothing)."""
     now, lock = report(graph([*LESS[5:], OTHER], refusals=[refusal(BOTH, PLACE)])), lock_of(*ALL)
     changed, ranks = drifts(lock, now), FusionLock.of(settings("1:64", tp=2), now)
-    lost: dict[str, Any] = {"path": "f.lock", "drifts": changed, "mend": "pin it"}
+    lost: dict[str, Any] = {"path": "f.lock", "drifts": changed, "fix": "pin it"}
     broken = Verdict(lock=lock, found=FusionLock.of(lock.settings, now), breaks=("a [break]",), **lost)
     yield "it doesn't hold", broken, ()
-    yield "it holds", Verdict(path="f.lock", lock=lock, found=lock, mend="pin it"), ()
+    yield "it holds", Verdict(path="f.lock", lock=lock, found=lock, fix="pin it"), ()
     yield "it holds nothing", Verdict(path="f.lock", lock=lock_of(), found=lock_of()), ()
     resettled = {"tp": ("none", "2"), "device": ("h100", "h200")}
     written = Verdict(lock=ranks, found=ranks, resettled=resettled, written=True, **lost)

@@ -33,7 +33,7 @@ def loss(rule: str, place: Place, winner: Fusion | None = None, **further: Any) 
 def refusal(rule: str | None, site: Place, detail: str = "clone stands between", **further: Any) -> Refusal:
     facts: dict[str, Any] = {
         "reason": Reason.LAYOUT, "nearness": Nearness.OBSTRUCTED, "source": site, "expected": "all_reduce",
-        "found": "clone", "line": "model.py:7", "code": "x = x.clone()", "mend": "drop the copy",
+        "found": "clone", "line": "model.py:7", "code": "x = x.clone()", "fix": "drop the copy",
     }  # fmt: skip
     return Refusal(**{**facts, "rule": rule, "site": site, "detail": detail, **further})
 

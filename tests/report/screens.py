@@ -56,8 +56,8 @@ def refusals() -> Iterator[Refusal]:
     """What is in the way of two rules, what one provider declines, and what is far from a match."""
     for place in PLACES:
         yield from (refusal(rule, place, "aten.mul.Tensor stands between", **OBSTACLE) for rule in (BOTH, REDUCE))
-    yield refusal(None, None, "no norm [it is]", op="rms_norm", reason=Reason.DTYPE, line=None, code=None, mend=None)
-    declined: dict[str, Any] = {"nearness": Nearness.DECLINED, "provider": "flashinfer", "mend": "allow it"}
+    yield refusal(None, None, "no norm [it is]", op="rms_norm", reason=Reason.DTYPE, line=None, code=None, fix=None)
+    declined: dict[str, Any] = {"nearness": Nearness.DECLINED, "provider": "flashinfer", "fix": "allow it"}
     yield from (refusal(rule, PLACES[0], "it rounds", **declined) for rule in (PAD, REDUCE))
     for place, found in zip(PLACES, ("mm", "mm", "embedding"), strict=True):
         yield refusal(REDUCE, place, nearness=Nearness.ABSENT, found=found)
@@ -139,7 +139,7 @@ def screens() -> Iterator[tuple[str, RenderableType, int, Sequence[str]]]:
     yield "what is forced", asked(same, pads, policy="planned", order=(), force=(PAD,)), 120, label
     yield "what is forbidden under an order", asked(free, free, forbid=("x", "y")), 120, label
     yield "what is forbidden, and changes nothing", asked(few, few, forbid=("x",)), 120, label
-    causes = [refusal(PAD, PLACES[0], found=f"aten.{n}", line=None, code=None, mend=None) for n in "abcdefghij"]
+    causes = [refusal(PAD, PLACES[0], found=f"aten.{n}", line=None, code=None, fix=None) for n in "abcdefghij"]
     many = report(priced(graph([wide(None)], (), causes, None), 40_000), rules=(BOTH,))
     yield (
         "a report with many causes, for every size",

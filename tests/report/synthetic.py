@@ -112,7 +112,7 @@ class Synthetic:
                 reason=Reason.OP, rule=self.name(REDUCE), op="rms_norm", nearness=Nearness.OBSTRUCTED,
                 detail=self.name("aten.mul.Tensor stands between all_reduce and rms_norm"), expected="all_reduce",
                 found="aten.mul.Tensor", nodes=(f"mul_{layer}",), source=self.place(layer, "scale"),
-                mend=self.name("do it before"), line="model.py:12", code=self.name("x = x * 0.5"),
+                fix=self.name("do it before"), line="model.py:12", code=self.name("x = x * 0.5"),
             )  # fmt: skip
         for layer in range(self.layers):
             yield Refusal(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fuseplan.errors import LockError
 from fuseplan.report.drift import drifts
-from fuseplan.report.lock import ANY_SIZE, LARGEST_BYTES, FusionLock, Kernel, LockSettings, parse_span
+from fuseplan.report.lock import ANY_SIZE, LARGEST_BYTES, Applied, FusionLock, LockSettings, parse_span
 from fuseplan.report.places import module_of
 from tests.report.locked import SPANS, applied, fusion, graph, norms, refusal, report, settings
 
@@ -65,7 +65,7 @@ def test_graphs_are_counted_together_and_lines_of_code_only_counted() -> None:
     graphs = graph(applied("act_padding", ["a", "model.py:3", None])), graph(applied("act_padding", ["a"]))
     lock = FusionLock.of(settings("1:64"), report(*graphs))
     assert lock.fusions["1:64"] == {"act_padding fused_act_padding triton": ("(no module) x2", "a x2")}
-    kernel = Kernel("act_padding", "fused_act_padding", "triton")
+    kernel = Applied("act_padding", "fused_act_padding", "triton")
     assert lock.placed[1, 64] == Counter({(kernel, None): 2, (kernel, "a"): 2})
 
 
@@ -77,7 +77,7 @@ def test_without_ranges_one_graph_serves_every_size() -> None:
 
 NAMES = st.sampled_from(["act_padding", "allreduce_rms", "x"])
 PLACES = st.none() | st.sampled_from([*norms(range(9)), "norm", "blocks.1-2.norm", "=", "a x2"]) | st.text(max_size=6)
-PLACED = st.dictionaries(st.tuples(st.builds(Kernel, NAMES, NAMES, NAMES), PLACES), st.integers(1, 3), max_size=12)
+PLACED = st.dictionaries(st.tuples(st.builds(Applied, NAMES, NAMES, NAMES), PLACES), st.integers(1, 3), max_size=12)
 SETTINGS = st.builds(
     LockSettings,
     workload=st.text(max_size=6), device=st.text(max_size=6), policy=st.text(max_size=6),
@@ -90,7 +90,7 @@ SETTINGS = st.builds(
 
 
 @given(SETTINGS, st.lists(PLACED, min_size=4, max_size=4))
-def test_what_is_written_is_read_back(asked: LockSettings, placed: list[dict[tuple[Kernel, str | None], int]]) -> None:
+def test_what_is_written_is_read_back(asked: LockSettings, placed: list[dict[tuple[Applied, str | None], int]]) -> None:
     graphs = []
     for span, counts in zip(asked.spans, placed, strict=False):
         fusions = [

@@ -103,7 +103,7 @@ def test_lengths_that_need_not_be_equal_are_refused(checked: bool) -> None:
     with symbolic_shapes_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         report = planned(post_grad(model, q, k, v, mask), verify="always")
     assert applied(report) == ["sdpa_packed"] * checked
-    reasons = [(each.reason, each.mend) for each in report.refusals if each.rule == "grouped_attention"]
+    reasons = [(each.reason, each.fix) for each in report.refusals if each.rule == "grouped_attention"]
     assert reasons == [] if checked else [(Reason.SIZE, "torch._check that these lengths are equal")]
 
 
@@ -296,7 +296,7 @@ def test_what_is_in_the_way_is_named(case: str) -> None:
     (refusal,) = [each for each in report.refusals if each.rule == "grouped_attention"]
     assert refusal.reason is reason
     assert detail in refusal.detail
-    assert case != "dropout" or refusal.mend == "call model.eval()"
+    assert case != "dropout" or refusal.fix == "call model.eval()"
 
 
 # What stays as it is.

@@ -121,7 +121,7 @@ def test_norms_take_one_dtype_of_three(rule: Rule) -> None:
         node, detail = expected
         assert refusal is not None
         assert (refusal.reason, refusal.rule, refusal.nodes) == (Reason.DTYPE, rule.name, (node,))
-        assert (refusal.detail, refusal.mend) == (detail, None)
+        assert (refusal.detail, refusal.fix) == (detail, None)
 
 
 def test_bindings_give_tensors_and_plain_values_and_name_what_there_is() -> None:
@@ -132,7 +132,7 @@ def test_bindings_give_tensors_and_plain_values_and_name_what_there_is() -> None
     with pytest.raises(AttributeError, match="rule mine binds no variable 'width'; it binds x, eps"):
         _ = bindings.width
     assert bindings.refuse(Reason.DTYPE, "x", "why").nodes == ("y",)
-    assert bindings.refuse(Reason.ATTRIBUTE, "eps", "why", mend="so").nodes == ()
+    assert bindings.refuse(Reason.ATTRIBUTE, "eps", "why", fix="so").nodes == ()
 
 
 class Pads(Rule):

@@ -129,7 +129,7 @@ def test_in_narrow_dtypes_rounding_has_to_be_allowed(dtype: torch.dtype, queries
         refused = planned(copy_graph(graph)[0])
         assert not applied(refused)
         (said,) = [each for each in refused.refusals if each.provider == provider]
-        assert (said.reason, said.mend) == (Reason.ROUNDING, "set allow_rounding_changes")
+        assert (said.reason, said.fix) == (Reason.ROUNDING, "set allow_rounding_changes")
         how = "keeps scores and their softmax in float32, and the graph rounds both"
         assert said.detail == f"{provider}'s fused_attention {how}"
 
@@ -245,11 +245,11 @@ NEAR_MISSES: dict[str, tuple[Callable[[], fx.Graph], Reason, str, str | None]] =
 
 @pytest.mark.parametrize("case", NEAR_MISSES)
 def test_what_is_in_the_way_is_named(case: str) -> None:
-    graph, reason, detail, mend = NEAR_MISSES[case]
+    graph, reason, detail, fix = NEAR_MISSES[case]
     refusal = missed(graph())
     assert refusal.reason is reason
     assert detail in refusal.detail
-    assert mend is None or refusal.mend == mend
+    assert fix is None or refusal.fix == fix
     assert case != "math" or refusal.nearness is Nearness.UNRECOGNIZED
 
 

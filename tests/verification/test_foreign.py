@@ -40,7 +40,7 @@ def refusal(report: GraphReport) -> str:
     (whole,) = [each for each in report.refusals if each.reason is Reason.VERIFICATION and each.nearness is None]
     assert verified.detail is not None
     assert verified.detail in whole.detail
-    assert whole.mend == f"correct the pass, or forbid {verified.rule}"
+    assert whole.fix == f"correct the pass, or forbid {verified.rule}"
     return whole.detail
 
 
@@ -167,7 +167,7 @@ def test_one_in_which_ranks_meet_is_applied_and_says_so() -> None:
     external = others.replacing("met", lambda x: torch.relu(x + 1.0), lambda x: met(x, "0"), ADDED[0])
     report, _ = run(lambda x: torch.relu(x + 1.0) * 2.0, ADDED[:1], external)
     assert report.count(["met"]) == {"met": 1}
-    note = "not verified: ranks meet in made_up.met.default"
+    note = "not verified: made_up.met.default is a collective"
     assert [(each.detail, each.unverified) for each in report.verified] == [(note, True)]
     whole = Report(policy="planned", order=(), rules=("met",), graphs=(report,))
     assert note in " ".join(str(whole).split())

@@ -22,7 +22,7 @@ from fuseplan.verification import memory
 from fuseplan.verification.check import check
 from fuseplan.verification.layout import misplaced, shares
 from fuseplan.verification.memory import Gathered, Loopback, Poisoned, make_arguments, poison, unguarded
-from fuseplan.verification.region import Region
+from fuseplan.verification.region import MatchedRegion
 from fuseplan.verification.specs import Sizes, cases_of
 from tests.helpers import HIDDEN, llama, post_grad, randn
 from tests.verification.made import spec
@@ -252,7 +252,7 @@ def test_a_slice_where_a_dense_value_is_promised_fails_verification() -> None:
     canonical = canonicalize(post_grad(model, randn(6, HIDDEN), W))
     rules = {"act_padding": by_name(BUILT_IN_RULES)["act_padding"]}
     (match,) = find_matches(canonical, rules, BUILT_IN_PROVIDERS[:1]).candidates
-    (case, *_), region = cases_of(match, Sizes(canonical.graph), (6, 6)), Region.of(canonical, match)
+    (case, *_), region = cases_of(match, Sizes(canonical.graph), (6, 6)), MatchedRegion.of(canonical, match)
     found = [check(match.rule, "torch", case, seed=1, region=region, free=free) for free in ((), (1,))]
     assert found[0].wrong == (
         "result 1 is bfloat16[6, 64] with strides (72, 1), "

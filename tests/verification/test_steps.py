@@ -14,7 +14,7 @@ from fuseplan.graph.ops import Decoded
 from fuseplan.providers import provider_of
 from fuseplan.rules import Rule
 from fuseplan.rules.families import BUILT_IN_RULES, ComposedRule
-from fuseplan.verification.check import Finding, check
+from fuseplan.verification.check import CheckResult, check
 from fuseplan.verification.specs import Case
 from fuseplan.verification.steps import Stepped, _spacing
 from tests.verification.made import spec
@@ -63,7 +63,7 @@ def case_of(rows: int, width: int, arguments: dict[str, Any]) -> Case:
     return Case(tokens=rows, arguments={"gate": rows_of, "up": rows_of, "rounding": "llama", **arguments})
 
 
-def checked(name: str, kernel: Kernel, rows: int, width: int) -> Finding:
+def checked(name: str, kernel: Kernel, rows: int, width: int) -> CheckResult:
     rule, _, arguments = rule_of(name)
     own = offer(rule, lambda *given: kernel(name, *given), f"{kernel.__name__}_{name}")
     return check(rule, own, case_of(rows, width, arguments), seed=3)

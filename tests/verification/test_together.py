@@ -19,13 +19,13 @@ from fuseplan.compilation.first_run import digest_of
 from fuseplan.compilation.manager import PostGradPassManager
 from fuseplan.config import CompileRange, PassConfig
 from fuseplan.dialect import ops
-from fuseplan.distributed import Verdict
+from fuseplan.distributed import Agreement
 from fuseplan.errors import CollectiveError
 from fuseplan.providers import Provider, provider_of
 from fuseplan.record import GraphReport, Nearness, Pending, PendingCase, Report, Verification, from_json, to_json
 from fuseplan.rules.families import BUILT_IN_RULES
 from fuseplan.verification import together, verifier, verify_together
-from fuseplan.verification.check import Finding
+from fuseplan.verification.check import CheckResult
 from tests.helpers import HIDDEN, all_reduce, llama, post_grad, randn
 from tests.providers.stand_ins import ranks
 from tests.verification.made import spec
@@ -104,7 +104,7 @@ def test_where_no_other_rank_settles_it_is_refused(graph: fx.Graph, settles: boo
     assert refusal.detail.endswith(
         "its kernel is collective, and ranks verify it together only under fuseplan.compile and in vLLM"
     )
-    assert refusal.mend == "forbid allreduce_rms:apart"
+    assert refusal.fix == "forbid allreduce_rms:apart"
 
 
 def test_what_is_kept_comes_back() -> None:
@@ -145,9 +145,9 @@ def test_nothing_is_verified_while_a_graph_is_captured_and_who_is_left_behind_is
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     heard: list[str] = []
 
-    def meet(said: str, awaited: str) -> Verdict:
+    def meet(said: str, awaited: str) -> Agreement:
         heard.append(said)
-        return Verdict(fused=False, reason="rank 0 captures a graph")
+        return Agreement(fused=False, reason="rank 0 captures a graph")
 
     (outcome,) = verify_together(pending, BUILT_IN_RULES, meet, 60)
     assert (outcome.passed, outcome.detail, outcome.tokens) == (False, "rank 0 captures a graph", ())
@@ -155,8 +155,8 @@ def test_nothing_is_verified_while_a_graph_is_captured_and_who_is_left_behind_is
         "failed: captures a graph, before which allreduce_rms by apart has to be verified: run the model once before"
     ]
 
-    def lost(said: str, awaited: str) -> Verdict:
-        return Verdict(fused=False, reason="rank 1 is left in it", lost=True)
+    def lost(said: str, awaited: str) -> Agreement:
+        return Agreement(fused=False, reason="rank 1 is left in it", lost=True)
 
     with pytest.raises(CollectiveError, match=r"rank 1 is left in it; .* or forbid allreduce_rms:apart"):
         verify_together(pending, BUILT_IN_RULES, lost, 60)
@@ -182,10 +182,10 @@ class Ranks:
 
         return SimpleNamespace(**{name: partial(step, name) for name in ("draw", "expect", "run")})
 
-    def meet(self, said: str, awaited: str) -> Verdict:
+    def meet(self, said: str, awaited: str) -> Agreement:
         assert awaited == "did not come to verify r by p"
         self.steps.append(said)
-        return Verdict(fused=said == "ready", reason=None if said == "ready" else f"rank 0 {said}")
+        return Agreement(fused=said == "ready", reason=None if said == "ready" else f"rank 0 {said}")
 
     def verify(self, count: int, group: str, seconds: float = 60) -> list[Verification]:
         cases = tuple(PendingCase(tokens=tokens, arguments=()) for tokens in (1, 7))
@@ -201,11 +201,11 @@ class Ranks:
 ALONE, AGAIN = (
     [f"draw {tokens}", "ready", f"expect {tokens}", "ready", f"run {tokens}"] for tokens in (1, 7)
 )  # fmt: skip
-RIGHT = Finding(wrong=None, worst=0.5)
+RIGHT = CheckResult(wrong=None, worst=0.5)
 
 
 def test_ranks_meet_before_each_step_in_which_they_wait_for_each_other(one_rank: str) -> None:
-    ranks = Ranks(run_1=RIGHT, run_7=Finding(wrong=None, worst=0.25))
+    ranks = Ranks(run_1=RIGHT, run_7=CheckResult(wrong=None, worst=0.25))
     first, second = ranks.verify(2, one_rank)
     assert (first.passed, first.detail, first.worst, first.tokens, first.ranks) == (True, None, 0.5, (1, 7), 1)
     assert (first.signature, second.signature, second.passed) == ("0", "1", True)
@@ -216,11 +216,11 @@ def test_ranks_meet_before_each_step_in_which_they_wait_for_each_other(one_rank:
 @pytest.mark.parametrize(
     ("kernel", "steps", "why", "tokens"),
     [
-        ({"run_1": Finding(wrong="it is 3", worst=4.0)}, ALONE, "it is 3", (1,)),
+        ({"run_1": CheckResult(wrong="it is 3", worst=4.0)}, ALONE, "it is 3", (1,)),
         ({"run_1": lambda: 1 / 0}, ALONE, "the kernel raises ZeroDivisionError: division by zero", (1,)),
         ({"expect_1": lambda: 1 / 0}, ALONE[:3], "the kernel raises ZeroDivisionError: division by zero", ()),
         ({"draw_1": lambda: 1 / 0}, ALONE[:1], "the kernel raises ZeroDivisionError: division by zero", ()),
-        ({"run_1": RIGHT, "run_7": Finding(wrong="it is 3")}, [*ALONE, *AGAIN], "it is 3", (1, 7)),
+        ({"run_1": RIGHT, "run_7": CheckResult(wrong="it is 3")}, [*ALONE, *AGAIN], "it is 3", (1, 7)),
     ],
 )
 def test_what_one_rank_finds_wrong_ends_the_verification_of_all(

@@ -16,9 +16,9 @@ from fuseplan.matching import Match
 from fuseplan.record import Pending, Verification
 from fuseplan.rules import Rule
 from fuseplan.verification import outcomes, region, verifier
-from fuseplan.verification.check import Finding
+from fuseplan.verification.check import CheckResult
 from fuseplan.verification.deadline import AttemptError
-from fuseplan.verification.region import Region
+from fuseplan.verification.region import MatchedRegion
 from fuseplan.verification.specs import Case
 from fuseplan.verification.together import shared_seed
 from fuseplan.verification.verifier import Verifier, _Question
@@ -67,9 +67,9 @@ class Checks:
         self.asked: list[tuple[int, dict[str, Any]]] = []
         monkeypatch.setattr(verifier, "check", self.check)
 
-    def check(self, rule: Rule, name: str, case: Case, **how: Any) -> Finding:
+    def check(self, rule: Rule, name: str, case: Case, **how: Any) -> CheckResult:
         self.asked.append((case.tokens, {"rule": rule, "provider": name, **how}))
-        found = self.found.get(case.tokens, Finding(wrong=None, worst=0.25))
+        found = self.found.get(case.tokens, CheckResult(wrong=None, worst=0.25))
         if isinstance(found, Exception):
             raise found
         return found  # type: ignore[no-any-return]
@@ -108,7 +108,7 @@ def test_the_largest_error_of_all_sizes_is_told(checks: Checks, one: Any) -> Non
         ({1: 0.25, 5: 0.75, 7: 0.5, 33: 0.0, 64: 0.5}, 0.75), (dict.fromkeys(SIZES, 0.0), 0.0),
         ({33: None, 64: 0.5}, 0.5), ({64: None}, None),
     ):  # fmt: skip
-        checks.found = {tokens: Finding(wrong=None, worst=share) for tokens, share in shares.items()}
+        checks.found = {tokens: CheckResult(wrong=None, worst=share) for tokens, share in shares.items()}
         outcome = alone(one)
         assert replace(outcome, time_ns=0) == Verification(
             rule="add_norm_relu", op="add_norm_relu", provider=one.name, signature="s", tokens=SIZES, worst=worst
@@ -118,7 +118,7 @@ def test_the_largest_error_of_all_sizes_is_told(checks: Checks, one: Any) -> Non
 
 @pytest.mark.parametrize("rank", [None, 0, 1])
 def test_the_first_size_that_is_wrong_ends_it_but_in_lock_step(checks: Checks, one: Any, rank: int | None) -> None:
-    checks.found = {7: Finding(wrong="bad", worst=3.0), 64: Finding(wrong="worse", worst=5.0)}
+    checks.found = {7: CheckResult(wrong="bad", worst=3.0), 64: CheckResult(wrong="worse", worst=5.0)}
     outcome, wanted = alone(one, rank=rank), SIZES[:3] if rank is None else SIZES
     assert (outcome.tokens, tuple(checks.tokens)) == (wanted, wanted)
     assert (outcome.passed, outcome.detail, outcome.transient) == (False, "at 7 tokens: bad", False)
@@ -251,7 +251,7 @@ def test_how_it_was_read_is_checked_before_it_is_left_to_all(checks: Checks, mon
     outcome = verifying._run(asked)
     detail = "its arguments can't be kept until the first run: no JSON"
     assert outcome == replace(LEFT, passed=False, detail=detail)
-    checks.found = {3: Finding(wrong="bad", worst=2.0)}
+    checks.found = {3: CheckResult(wrong="bad", worst=2.0)}
     outcome = verifying._run(asked)
     assert outcome == replace(LEFT, tokens=(3,), passed=False, detail="at 3 tokens: bad")
     checks.found = {3: MemoryError("full")}
@@ -297,8 +297,8 @@ def test_kernels_are_compiled_ahead_on_gpus_and_their_faults_left_to_the_run(mon
     assert ahead == [("p", [1, 2, 4]), ("q", [5])]
 
 
-def region_of(canonical: CanonicalGraph, match: Any) -> Region:
-    found = Region.of(canonical, match)
+def region_of(canonical: CanonicalGraph, match: Any) -> MatchedRegion:
+    found = MatchedRegion.of(canonical, match)
     assert found is not None
     return found
 
@@ -317,7 +317,7 @@ def test_a_region_is_what_computes_the_results() -> None:
             region_of(canonical, match.but(outputs=outputs)).evaluate(inputs, {}), outputs, expected, strict=True
         ):
             assert value is None if node is None else torch.equal(value, wanted)  # type: ignore[arg-type]
-    assert Region.of(canonical, match.but(outputs=(None, None))) is None, "dead results have none"
+    assert MatchedRegion.of(canonical, match.but(outputs=(None, None))) is None, "dead results have none"
 
 
 def test_where_there_is_no_region() -> None:
@@ -325,15 +325,17 @@ def test_where_there_is_no_region() -> None:
     match = match_at(canonical, 1, "p")
     x, weight = match.values["x"], match.values["weight"]
     moved = canonical.insert_before(match.consumed[0], aten.abs.default, (x,), x.meta["val"])
-    assert Region.of(canonical, match.but(values={**match.values, "x": moved})) is None
+    assert MatchedRegion.of(canonical, match.but(values={**match.values, "x": moved})) is None
     # A constant of fuseplan's own stands for nothing of the graph.
     ones = canonical.constant(1.0, (HIDDEN,), like=weight.meta["val"])
     found = region_of(canonical, match.but(values={**match.values, "other": ones}))
     assert "other" not in found.names.values()
     # The weight is no input then, and no node computes it.
-    assert Region.of(canonical, match.but(values={k: v for k, v in match.values.items() if k != "weight"})) is None
+    assert (
+        MatchedRegion.of(canonical, match.but(values={k: v for k, v in match.values.items() if k != "weight"})) is None
+    )
     # Results that are the inputs have no nodes between.
-    assert Region.of(canonical, match.but(outputs=(x, None), values={"x": x})) is None
+    assert MatchedRegion.of(canonical, match.but(outputs=(x, None), values={"x": x})) is None
 
 
 @pytest.mark.parametrize(("count", "is_there"), [(128, True), (129, False)])
@@ -346,7 +348,7 @@ def test_a_region_has_at_most_128_nodes(count: int, is_there: bool) -> None:
     canonical = CanonicalGraph.copy_of(graph)
     copies = {original: copy for copy, original in canonical.origin.items()}
     match: Any = SimpleNamespace(values={"x": copies[x]}, outputs=(copies[last],))
-    assert (Region.of(canonical, match) is not None) is is_there
+    assert (MatchedRegion.of(canonical, match) is not None) is is_there
 
 
 def test_no_rank_runs_a_collective_of_an_engine_or_a_higher_order_op_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,7 +365,7 @@ def test_no_rank_runs_a_collective_of_an_engine_or_a_higher_order_op_alone(monke
         first.target, first.args = target, (*own, *args)
         monkeypatch.setattr(region, "ENGINE_COLLECTIVES", frozenset(collectives))
         monkeypatch.setattr(region, "EVALUATED", frozenset(evaluated))
-        assert (Region.of(canonical, match) is not None) is is_there
+        assert (MatchedRegion.of(canonical, match) is not None) is is_there
 
 
 def test_a_result_may_be_a_reshape_in_the_graph() -> None:
@@ -382,7 +384,7 @@ def test_a_result_may_be_a_reshape_in_the_graph() -> None:
     assert value is not None
     assert torch.equal(value, torch.ones_like(X)), "in the shape of the result"
     del canonical.origin[views[1]]
-    assert Region.of(canonical, match) is None, "a sine is no reshape"
+    assert MatchedRegion.of(canonical, match) is None, "a sine is no reshape"
 
 
 def test_what_a_match_sees_through_views_is_turned_back() -> None:
@@ -409,4 +411,4 @@ def test_what_a_match_sees_through_views_is_turned_back() -> None:
     assert (found.views, [str(node.target) for node in found.nodes]) == ({"y": ()}, ["aten.mul.Tensor"])
     del canonical.origin[x]
     match.values = {"y": turned}
-    assert Region.of(canonical, match) is None
+    assert MatchedRegion.of(canonical, match) is None

@@ -12,7 +12,7 @@ from torch import Tensor
 from fuseplan.dialect import ops
 from fuseplan.rules.families import BUILT_IN_RULES
 from fuseplan.verification.check import (
-    Finding,
+    CheckResult,
     Trial,
     _compared,
     _MisbehavedError,
@@ -39,7 +39,7 @@ def normed(rows: int = 3, width: int = 16) -> Case:
 ONES = torch.ones(2, 3)
 
 
-def compared(*actual: Tensor | None, **op: Any) -> Finding:
+def compared(*actual: Tensor | None, **op: Any) -> CheckResult:
     """Of results that are ones; one unit in the last place is allowed where the unfused ops are exact."""
     rule: Any = SimpleNamespace(op=SimpleNamespace(**{"error_factor": 2.0, "packed": (), **op}))
     own = [ONES if each is None or each.is_floating_point() else torch.full_like(each, 0x11) for each in actual]
@@ -49,8 +49,8 @@ def compared(*actual: Tensor | None, **op: Any) -> Finding:
 
 def test_the_worst_result_is_told_and_the_first_that_is_wrong() -> None:
     unit = torch.finfo(torch.float32).eps
-    assert compared(ONES, ONES, None) == Finding(wrong=None, worst=0.0)
-    assert compared(ONES, ONES + unit, None) == Finding(wrong=None, worst=1.0), "just allowed"
+    assert compared(ONES, ONES, None) == CheckResult(wrong=None, worst=0.0)
+    assert compared(ONES, ONES + unit, None) == CheckResult(wrong=None, worst=1.0), "just allowed"
     found = compared(ONES, ONES + 3 * unit, ONES + 5 * unit)
     assert found.worst == 3.0
     assert str(found.wrong).startswith("so result 1: element [0, 0] is 1 where 1 is exact")
@@ -265,7 +265,7 @@ def test_a_wrong_kernel_is_not_told_as_the_graph_read_wrong() -> None:
     assert found.worst is not None
     assert found.worst > 1
     made = trial(lambda x, *rest: reference(x, *rest)[0])
-    assert made.run(fixed(None)) == Finding(wrong=KINDS.format(1, "Tensor", 2))
+    assert made.run(fixed(None)) == CheckResult(wrong=KINDS.format(1, "Tensor", 2))
     made = trial(lambda x, *rest: tuple(each.float() for each in reference(x, *rest)))
     assert "and the unfused ops yield bfloat16" in str(made.run(fixed(None)).wrong)
 

@@ -99,13 +99,13 @@ def test_what_computes_something_else_is_left_alone(model: Callable[..., object]
 
 
 @pytest.mark.parametrize(
-    ("epsilon", "mend"),
+    ("epsilon", "fix"),
     [
         (torch.tensor(1e-6, dtype=torch.float64), "specialize_float"),  # what Dynamo makes of a dynamic Python float
         (torch.tensor(1e-6), "make epsilon a Python float"),
     ],
 )
-def test_an_epsilon_that_is_no_constant_is_named(epsilon: Tensor, mend: str) -> None:
+def test_an_epsilon_that_is_no_constant_is_named(epsilon: Tensor, fix: str) -> None:
     def model(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
         wide = x.float()
         return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
@@ -113,7 +113,7 @@ def test_an_epsilon_that_is_no_constant_is_named(epsilon: Tensor, mend: str) -> 
     raised = quickly_canonical(model, randn(5, HIDDEN), W, epsilon)
     assert raised.recognized() == {}
     assert [refusal.reason for refusal in raised.refusals] == [Reason.ATTRIBUTE]
-    assert mend in str(raised.refusals[0].mend)
+    assert fix in str(raised.refusals[0].fix)
 
 
 def test_the_original_graph_is_not_touched() -> None:
@@ -233,7 +233,7 @@ def test_what_is_in_the_way_is_named_with_what_should_be_there(
     why = Unraised(Reason.OP, "it is another", relu, "write tanh", expected=expected)
     why.tell(canonical, ops.rms_norm, "RMSNorm", at=[relu, product], place=product)
     (refusal,) = canonical.refusals
-    assert (refusal.reason, refusal.op, refusal.mend) == (Reason.OP, "rms_norm", "write tanh")
+    assert (refusal.reason, refusal.op, refusal.fix) == (Reason.OP, "rms_norm", "write tanh")
     assert (refusal.detail, refusal.nodes) == ("RMSNorm not recognised: it is another", (relu.name,))
     assert (refusal.expected, refusal.found) == named
     assert {*canonical.unraised} == {relu, product}

@@ -92,7 +92,7 @@ def test_none_are_made_for_a_width_that_varies() -> None:
     raised = quickly_canonical(lambda x: unweighted(x.t()), randn(HIDDEN, 5), dynamic=True)
     assert raised.recognized() == {}
     (refusal,) = raised.refusals
-    assert (refusal.reason, refusal.mend) == (Reason.SIZE, "leave the width out of mark_dynamic")
+    assert (refusal.reason, refusal.fix) == (Reason.SIZE, "leave the width out of mark_dynamic")
     assert "no weight" in refusal.detail
 
 

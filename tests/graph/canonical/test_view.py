@@ -91,11 +91,11 @@ def test_a_refusal_is_where_the_node_in_the_way_is_or_else_where_the_op_is(stack
     x, relu, tanh, _ = canonical.graph.nodes
     relu.meta["stack_trace"] = stack
     tanh.meta["stack_trace"] = 'File "/m/place.py", line 5, in g\n    z = norm(x)'
-    canonical.refuse(ops.rms_norm, [x, relu], Reason.OP, "why", node=relu, place=tanh, mend="mend", found="b")
+    canonical.refuse(ops.rms_norm, [x, relu], Reason.OP, "why", node=relu, place=tanh, fix="fix", found="b")
     (refusal,) = canonical.refusals
     assert canonical.unraised == {x: refusal, relu: refusal}
     assert (refusal.line, refusal.code, refusal.source) == (line, code, "place.py:5")
-    assert (refusal.nodes, refusal.nearness, refusal.mend) == ((relu.name,), Nearness.UNRECOGNIZED, "mend")
+    assert (refusal.nodes, refusal.nearness, refusal.fix) == ((relu.name,), Nearness.UNRECOGNIZED, "fix")
     assert (refusal.op, refusal.expected, refusal.found) == ("rms_norm", None, "b")
 
 

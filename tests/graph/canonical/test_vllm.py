@@ -153,8 +153,8 @@ def test_the_custom_op_for_rotary_embeddings_is_named(neox: bool, table: int, re
     canonical = raised(rotated, positions=torch.arange(4), query=X, key=R, table=randn(128, table))
     (refusal,) = canonical.refusals
     assert (refusal.reason, refusal.detail) == (reason, f"rotary embedding not recognised: {expected}")
-    assert refusal.mend is not None
-    assert "-rotary_embedding" in refusal.mend
+    assert refusal.fix is not None
+    assert "-rotary_embedding" in refusal.fix
 
 
 def test_what_the_cpu_has() -> None:

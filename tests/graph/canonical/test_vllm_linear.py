@@ -22,7 +22,7 @@ from fuseplan.matching import Match
 from fuseplan.providers import REFERENCE
 from fuseplan.rules.parts.scaled_linear import PART
 from fuseplan.verification.check import check
-from fuseplan.verification.region import Region
+from fuseplan.verification.region import MatchedRegion
 from fuseplan.verification.specs import Sizes, cases_of
 from tests.graph.canonical.engine_ops import defined
 from tests.graph.canonical.test_vllm_quantisation import applied_to, new
@@ -127,7 +127,7 @@ def test_it_is_verified_against_the_call(scales: str, factor: float, monkeypatch
     match = next(each.match for each in analysis.problem.candidates)
     assert isinstance(match, Match)
     (case,) = cases_of(match, Sizes(analysis.canonical.graph), (1, 32))
-    region = Region.of(analysis.canonical, match)
+    region = MatchedRegion.of(analysis.canonical, match)
     assert region is not None
     found = check(match.rule, REFERENCE.name, case, seed=0, region=region)
     wrong = "the unfused ops don't compute what the graph does" if factor != 1 else "None"

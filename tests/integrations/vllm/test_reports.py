@@ -13,7 +13,7 @@ from torch.distributed import distributed_c10d
 from vllm.compilation.backends import VllmBackend
 from vllm.distributed import parallel_state
 
-from fuseplan.distributed.agreement import Verdict
+from fuseplan.distributed.agreement import Agreement
 from fuseplan.errors import UnsupportedError
 from fuseplan.integrations.vllm import reports
 from fuseplan.integrations.vllm.reports import Journal
@@ -89,7 +89,7 @@ def test_without_a_graph_the_first_rank_says_so(
 ) -> None:
     group.world_size, group.rank_in_group = 2, rank
     monkeypatch.setattr(distributed_c10d, "_get_process_group_store", lambda group: None)
-    monkeypatch.setattr(reports, "agree", lambda *arguments, **settings: Verdict(fused=True))
+    monkeypatch.setattr(reports, "agree", lambda *arguments, **settings: Agreement(fused=True))
     journal.close()
     assert [record.levelno for record in lines] == ([logging.WARNING] if rank == 0 else [])
     assert all("no graph reached fuseplan" in record.getMessage() for record in lines)
@@ -100,7 +100,7 @@ def test_workers_with_different_plans_do_not_serve(
 ) -> None:
     group.world_size = 2
     monkeypatch.setattr(distributed_c10d, "_get_process_group_store", lambda group: None)
-    verdict = Verdict(fused=False, reason="rank 1 has another plan")
+    verdict = Agreement(fused=False, reason="rank 1 has another plan")
     monkeypatch.setattr(reports, "agree", lambda *arguments, **settings: verdict)
     journal.add(report())
     with pytest.raises(UnsupportedError, match=r"different plans: rank 1 has another plan; .* or set FUSEPLAN=0"):

@@ -16,8 +16,8 @@ from fuseplan.providers import BUILT_IN_PROVIDERS
 from fuseplan.rules import by_name
 from fuseplan.rules.families import BUILT_IN_RULES
 from fuseplan.rules.parts.group_fp8 import per_token_group_fp8_quant
-from fuseplan.verification import region as verification
 from fuseplan.verification.check import check
+from fuseplan.verification.region import MatchedRegion
 from fuseplan.verification.specs import Sizes, cases_of
 from tests.helpers import llama, quickly_traced, randn
 
@@ -147,7 +147,7 @@ def test_it_is_verified_against_the_graphs_own_nodes() -> None:
     graph = canonicalize(quickly_traced(lambda x: quantize_groups(llama(x, None, W)[0], power), randn(5, WIDTH)))
     rules = {"norm_quant": by_name(BUILT_IN_RULES)["norm_quant"]}
     (match, *_) = find_matches(graph, rules, BUILT_IN_PROVIDERS[:1]).candidates
-    region = verification.Region.of(graph, match)
+    region = MatchedRegion.of(graph, match)
     assert region is not None
     (case, *_) = cases_of(match, Sizes(graph.graph), (5, 5))
     assert check(match.rule, "torch", case, seed=1, region=region, free=()).wrong is None
