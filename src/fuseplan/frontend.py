@@ -370,7 +370,7 @@ def explain(
 
     Raises:
         WorkloadError: nothing could be traced.
-        ConfigError: `model` can't be called, flags and policy contradict each other, or there are passes.
+        ConfigError: `model` can't be called or is a class, flags and policy contradict each other, or there are passes.
         CompatibilityError: this torch is too old, or private interfaces of its have moved.
     """
     if passes:
@@ -393,6 +393,8 @@ def explain_call(
 ) -> Report:
     """`explain` of a model whose arguments may have the names of `explain`'s own."""
     require_supported_torch()
+    if isinstance(model, type):  # torch.compile would wrap what the class calls, for the rest of the process
+        raise ConfigError(f"model is the class {model.__name__}: explain an instance of it, {model.__name__}(...)")
     model, config, rules = called("model", model), settings(config), instances("rules", rules, Rule)
     profile, providers = asked_profile(device), instances("providers", providers, Provider)
     traced = capture(model, inputs, dict(model_arguments), dynamic=bool(config.compile_ranges))
