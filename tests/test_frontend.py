@@ -261,3 +261,15 @@ def test_explain_is_for_a_gpu_where_nobody_says_otherwise() -> None:
     named = [re.findall(r"priced for (\S+)", str(report)) for report in reports]
     assert named == [[default_profile().name], ["cpu"]]
     assert default_profile().vendor != "cpu"
+
+
+def test_a_class_is_not_explained_and_stays_as_it_is() -> None:
+    """torch.compile would wrap what it calls, and so every module of it that is built later."""
+
+    class Own(torch.nn.RMSNorm):
+        pass
+
+    before = Own.__call__, Own._call_impl
+    with pytest.raises(ConfigError, match=r"^model is the class Own: explain an instance of it, Own\(\.\.\.\)$"):
+        fuseplan.explain(Own, randn(4, 8))
+    assert (Own.__call__, Own._call_impl) == before

@@ -24,6 +24,21 @@ def called(name: str, given: T, *, optional: bool = False) -> T:
     return given
 
 
+def instance(name: str, given: T) -> T:
+    """Checks a model that is explained: `torch.compile` would wrap what a class calls, for the rest of the process.
+
+    Args:
+        name: of the argument.
+        given: its value.
+
+    Raises:
+        ConfigError: it can't be called, or is a class.
+    """
+    if isinstance(given, type):
+        raise ConfigError(f"{name} is the class {given.__name__}: explain an instance of it, {given.__name__}(...)")
+    return called(name, given)
+
+
 def mapping(name: str, given: Any) -> dict[str, Any]:
     """Checks a dictionary; empty where it is None.
 

@@ -12,7 +12,7 @@ from torch import fx
 from torch._guards import TracingContext, tracing
 from torch._inductor import list_mode_options
 
-from fuseplan.arguments import called, instances, mapping
+from fuseplan.arguments import called, instance, instances, mapping
 from fuseplan.caching import store
 from fuseplan.compatibility import require_supported_torch
 from fuseplan.compilation.dispatch import Dispatch
@@ -370,7 +370,7 @@ def explain(
 
     Raises:
         WorkloadError: nothing could be traced.
-        ConfigError: `model` can't be called, flags and policy contradict each other, or there are passes.
+        ConfigError: `model` can't be called or is a class, flags and policy contradict each other, or there are passes.
         CompatibilityError: this torch is too old, or private interfaces of its have moved.
     """
     if passes:
@@ -393,7 +393,7 @@ def explain_call(
 ) -> Report:
     """`explain` of a model whose arguments may have the names of `explain`'s own."""
     require_supported_torch()
-    model, config, rules = called("model", model), settings(config), instances("rules", rules, Rule)
+    model, config, rules = instance("model", model), settings(config), instances("rules", rules, Rule)
     profile, providers = asked_profile(device), instances("providers", providers, Provider)
     traced = capture(model, inputs, dict(model_arguments), dynamic=bool(config.compile_ranges))
     everyone, everything = (*BUILT_IN_PROVIDERS, *providers), (*BUILT_IN_RULES, *rules)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +158,11 @@ def test_the_line_may_say_where_all_of_it_is(hint: bool, end: str, caplog: pytes
 def test_a_report_prints_as_explain_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "110")
     assert str(planned()).splitlines() == text_of(render_report(planned()), 110).splitlines()
+
+
+def test_where_fusion_is_off_no_places_are_counted() -> None:
+    report = planned()
+    graphs = tuple(replace(graph, applied=(), lost=(), refusals=()) for graph in report.graphs)
+    off = replace(report, policy="off", order=(), graphs=graphs)
+    assert any(off.matched.values())
+    assert summary(off) == "off fuses nothing: the policy leaves every match unfused."

@@ -214,7 +214,8 @@ def why_nothing(report: Report, span: Span) -> str:
     if losses and not unsure and all(loss.forbidden for loss in losses):
         return f"{found}, but {are} forbidden"
     if report.policy != "planned":
-        return f"{found}, but the policy leaves {them} unfused"
+        # Where fusion is off, nothing is tried, and so no place is counted.
+        return f"{found}, but the policy leaves {them} unfused" if count else "the policy leaves every match unfused"
     dearer = f"fusing {them} costs more than it saves"
     if unsure and lost:
         return f"{found}, but {dearer}, or may do so"
