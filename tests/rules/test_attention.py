@@ -20,6 +20,7 @@ from tests.attention import (
     GROUPS,
     HEAD_DIM,
     HEADS,
+    KEYS,
     SHARED,
     SPELLINGS,
     attend,
@@ -131,6 +132,22 @@ def test_the_batch_may_be_a_symbol(queries: int) -> None:
     report = planned(graph, verify="always")
     assert applied(report) == ["sdpa_packed" if queries == 1 else "sdpa"]
     assert all(each.passed for each in report.verified)
+
+
+@pytest.mark.parametrize(
+    ("batch", "varies", "end"), [(1, 2, "masked"), (8, 2, "masked, 8 sequences"), (8, 0, "masked")]
+)
+def test_sequences_of_varying_length_are_priced_by_their_number(batch: int, varies: int, end: str) -> None:
+    """Rows don't say whether they are of one long sequence or of several."""
+    arguments = inputs(KEYS, batch=batch)
+    for value in arguments[:3]:
+        torch._dynamo.maybe_mark_dynamic(value, varies)
+    for dim in (2, 3) if varies else (0,):
+        torch._dynamo.maybe_mark_dynamic(arguments[3], dim)
+    report = planned(post_grad(attend(hugging_face), *arguments))
+    assert report.plan is not None
+    (site,) = report.plan.sites
+    assert site.endswith(end)
 
 
 # As traced for a GPU.

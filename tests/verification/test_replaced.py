@@ -235,7 +235,7 @@ functional = torch.ops._c10d_functional
 def test_what_one_process_can_not_run_alone_is_named() -> None:
     attention = aten._scaled_dot_product_flash_attention.default
     grouped = others.op("grouped_1(Tensor x, str group_name) -> Tensor", None, lambda x, _: torch.empty_like(x))
-    meets, draws = "ranks meet in {}", "{} draws random numbers"
+    meets, draws = "{} is a collective", "{} draws random numbers"
     for target, args, says in (
         (aten.relu.default, (), None), (functional.all_reduce.default, ("sum", "0"), None),
         (functional.wait_tensor.default, (), None), (functional.all_reduce.default, ("max", "0"), meets),

@@ -10,7 +10,7 @@ from fuseplan.rules.families.activation import ACTIVATION_FAMILY, ACTIVATION_RUL
 from fuseplan.rules.families.attention import ATTENTION_RULES, ATTENTION_SITES
 from fuseplan.rules.families.cached_attention import CACHED_ATTENTION_RULES
 from fuseplan.rules.families.cached_rotary import CACHED_ROTARY_RULES, CACHED_ROTARY_SITES
-from fuseplan.rules.families.compose import ComposedRule, Member
+from fuseplan.rules.families.compose import ComposedRule
 from fuseplan.rules.families.linear import LINEAR_FAMILY, LINEAR_RULES, LINEAR_SITES
 from fuseplan.rules.families.linear_norm import LINEAR_NORM_RULES
 from fuseplan.rules.families.norm import KEPT_NORM_FAMILY, NORM_FAMILY, NORM_RULES

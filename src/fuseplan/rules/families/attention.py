@@ -97,8 +97,8 @@ class AttentionShape(Shape):
 
     @property
     def signature(self) -> str:
-        """The site without its batch, e.g. `repeat_heads x4 -> attention 32 heads of 128, 1 x 1280 keys, cudnn bfloat16
-        masked`.
+        """The site without a batch that varies, e.g. `repeat_heads x4 -> attention 32 heads of 128, 1 x 1280 keys,
+        cudnn bfloat16 masked`.
         """
         sizes = self.sizes
         heads = f"{sizes.q_heads} heads of {sizes.width}, {sizes.queries} x {sizes.keys} keys"
@@ -156,7 +156,7 @@ class AttentionSite(Site):
             width=hint(q.shape[3]), itemsize=q.dtype.itemsize, kernel=kernel, copies=self._copies,
             is_causal=is_causal,
         )  # fmt: skip
-        flags = " masked" * (mask is not None) + " causal" * is_causal
+        flags = " masked" * (mask is not None) + " causal" * is_causal + _sequences(q)
         return AttentionShape(
             core=PART.traffic, rows=rows, width=sizes.width, itemsize=sizes.itemsize, sizes=sizes,
             kernels=self._kernels(kernel, q, mask), convention=f"{dtype_text(q.dtype)}{flags}",
@@ -200,8 +200,8 @@ class EagerAttentionShape(AttentionShape):
 
     @property
     def signature(self) -> str:
-        """The site without its batch, e.g. `eager_attention 32 heads of 128 in groups of 4, 1 x 1280 keys bfloat16
-        masked sinks`.
+        """The site without a batch that varies, e.g. `eager_attention 32 heads of 128 in groups of 4, 1 x 1280 keys
+        bfloat16 masked sinks`.
         """
         sizes = self.sizes
         heads = f"{sizes.q_heads} heads of {sizes.width} in groups of {sizes.groups}"
@@ -229,6 +229,7 @@ class EagerAttentionSite(AttentionSite):
             itemsize=q.dtype.itemsize, kernel="cpu", copies=q_heads > heads > 1, passes=1 + is_joined,
         )  # fmt: skip
         flags = " masked" * (mask is not None) + " sinks" * is_joined + " capped" * (self.core.args[6] is not None)
+        flags += _sequences(q)
         return EagerAttentionShape(
             core=EAGER_PART.traffic, rows=rows, width=sizes.width, itemsize=sizes.itemsize, sizes=sizes,
             kernels=self._kernels("cpu", q, mask), convention=f"{dtype_text(q.dtype)}{flags}",
@@ -244,6 +245,14 @@ def _sizes(q: Tensor, k: Tensor, rows: int) -> tuple[int, int, int]:
         for size in (q.shape[0], q.shape[2], k.shape[2])
     )
     return batch, queries, keys
+
+
+def _sequences(q: Tensor) -> str:
+    """Where the length of several sequences varies, and not their number: how many there are. Rows alone don't say
+    whether they are of one long sequence, whose attention takes longer.
+    """
+    batch = hint(q.shape[0])
+    return f", {batch} sequences" if batch > 1 and not _symbols(q.shape[0]) and _symbols(q.shape[2]) else ""
 
 
 def _symbols(size: Any) -> frozenset[Any]:
